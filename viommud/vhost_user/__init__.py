@@ -1,0 +1,1 @@
+"""The vhost-user back-end protocol: messages, codec, session, transport."""
