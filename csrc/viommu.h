@@ -1,0 +1,254 @@
+/*
+ * viommu: the engine behind viommud, the whole of its C API.
+ *
+ * An engine is the virtio-iommu of one virtual machine: its guest memory, its two virtqueues, its endpoints and
+ * domains, and one worker thread that serves requests. The worker is the data plane; every function here is called
+ * by the control plane, from one thread at a time, and the ones that change what the worker sees stop it at a
+ * request boundary first (quiesce). None of them is called by the worker.
+ *
+ * Conventions: opaque handles; 0 or a negative errno; results through out-parameters; range ends are inclusive;
+ * file descriptors passed in are borrowed (the engine duplicates what it keeps). The only exceptions to the
+ * one-thread rule are viommu_engine_fault() and viommu_engine_take_records(), which may be called from any one
+ * further thread each.
+ *
+ * What stands between the two cffi marks is read by cffi as well as by C: declarations and plain constants only.
+ */
+#ifndef VIOMMU_H
+#define VIOMMU_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+/* cffi: begin */
+
+#define VIOMMU_ABI 1
+
+#define VIOMMU_QUEUES 2
+#define VIOMMU_REQUESTQ 0
+#define VIOMMU_EVENTQ 1
+#define VIOMMU_MAX_QUEUE_SIZE 1024
+
+/* Wire layouts a driver may speak; there is no in-band version, so the user chooses (viommu_settings.personality). */
+#define VIOMMU_PERSONALITY_1_X 0  /* the released specification */
+#define VIOMMU_PERSONALITY_0_9 1  /* drivers of 2018 */
+#define VIOMMU_PERSONALITY_0_5 2  /* drivers of 2017 */
+
+/* Request types and status codes of the specification, as counted in viommu_stats. */
+#define VIOMMU_REQUEST_TYPES 6    /* 0 counts every type that is not known */
+#define VIOMMU_STATUS_CODES 9
+#define VIOMMU_STATUS_UNANSWERED 9 /* the buffer went back unwritten, used length 0 */
+#define VIOMMU_STATUSES 10
+
+#define VIOMMU_ACCESS_READ 1
+#define VIOMMU_ACCESS_WRITE 2
+
+struct viommu_settings {
+    uint64_t features;            /* virtio feature bits offered to the driver */
+    uint64_t page_size_mask;      /* lowest bit: granularity of mappings, bytes */
+    uint64_t input_first;         /* lowest and highest IOVA that can be mapped */
+    uint64_t input_last;
+    uint32_t domain_first;        /* lowest and highest domain ID */
+    uint32_t domain_last;
+    uint32_t probe_size;          /* bytes of PROBE properties */
+    uint32_t personality;         /* VIOMMU_PERSONALITY_* */
+    uint32_t bypass;              /* config.bypass at start: 0 or 1 */
+    uint32_t max_endpoints;       /* endpoint objects that may exist at once */
+    uint32_t max_domains;
+    uint32_t max_faults;          /* fault reports waiting for a buffer of the guest */
+    uint64_t max_mappings;        /* in all domains */
+    uint64_t max_domain_mappings; /* in one domain */
+    uint32_t fault_wait_ms;       /* a report older than this is dropped */
+    uint32_t fault_burst;         /* reports one endpoint may raise at once ... */
+    uint32_t fault_rate;          /* ... and per second after that */
+    uint32_t spin_us;             /* longest polling of an empty ring before the worker sleeps; 0 never polls */
+};
+
+/* A region of an endpoint's IOVA space that cannot be mapped; subtype as in RESV_MEM (0 reserved, 1 MSI doorbell). */
+struct viommu_reserved {
+    uint64_t first;
+    uint64_t last;
+    uint32_t subtype;
+};
+
+/* One vring as the front-end described it. Addresses are the front-end's unless gpa is set. */
+struct viommu_ring {
+    uint32_t size;                /* entries */
+    uint32_t base;                /* as in SET_VRING_BASE: avail index, or both packed indices with wrap bits */
+    uint64_t desc;
+    uint64_t avail;               /* packed: driver event area */
+    uint64_t used;                /* packed: device event area */
+    uint64_t log_addr;            /* guest-physical address that writes to the used ring are logged at */
+    bool gpa;
+    bool logged;
+    int kick;                     /* eventfds; call and err may be -1 */
+    int call;
+    int err;
+};
+
+/* What the worker has counted since the engine was made. Read without stopping it; each number is exact on its own. */
+struct viommu_stats {
+    uint64_t requests[VIOMMU_REQUEST_TYPES][VIOMMU_STATUSES];
+    uint64_t endpoints;           /* attached now */
+    uint64_t domains;
+    uint64_t mappings;
+    uint64_t peak_domains;
+    uint64_t peak_mappings;
+    uint64_t mapping_bytes;       /* memory behind the mappings of all domains */
+    uint64_t limit_hits;          /* requests refused with NOMEM by a limit */
+    uint64_t faults_sent;
+    uint64_t faults_dropped;      /* no room, no buffer in time, or over the endpoint's rate */
+    uint64_t rings_broken;
+    uint64_t kicks;               /* wake-ups by an eventfd */
+    uint64_t notifications;       /* interrupts asked for */
+    uint64_t batches;
+    uint64_t busy_ns;
+    uint64_t spin_ns;
+    uint64_t sleeps;
+    uint64_t heartbeat;           /* changes whenever the worker makes a round */
+    bool asleep;                  /* waiting for a kick, nothing to do */
+};
+
+#define VIOMMU_RECORD_REFUSED 1   /* a request was answered with an error or not at all */
+#define VIOMMU_RECORD_BROKEN 2    /* a ring was stopped: code = VIOMMU_BROKEN_*, queue */
+#define VIOMMU_RECORD_ATTACHED 3
+#define VIOMMU_RECORD_DETACHED 4
+#define VIOMMU_RECORD_FAULT 5     /* a report was given to the guest: code = reason, value = flags */
+
+/* Something that happened in the worker, for logs and watchers. Lossy: a full ring drops records and counts them. */
+struct viommu_record {
+    uint32_t kind;
+    uint32_t type;                /* request type, or queue index */
+    uint32_t code;                /* status code or VIOMMU_STATUS_UNANSWERED; reason */
+    uint32_t endpoint;
+    uint32_t domain;
+    uint32_t value;
+    uint64_t first;               /* IOVA range of a MAP or UNMAP; address of a fault */
+    uint64_t last;
+};
+
+/* Why a ring was stopped. */
+#define VIOMMU_BROKEN_AVAIL 1     /* the available index is more than a ring ahead */
+#define VIOMMU_BROKEN_HEAD 2      /* a descriptor index at or beyond the ring size */
+#define VIOMMU_BROKEN_LOOP 3      /* a chain longer than the ring */
+#define VIOMMU_BROKEN_ORDER 4     /* a writable descriptor before a readable one */
+#define VIOMMU_BROKEN_INDIRECT 5  /* a bad use or size of an indirect table */
+#define VIOMMU_BROKEN_ADDRESS 6   /* a buffer outside guest memory */
+#define VIOMMU_BROKEN_LENGTH 7    /* a chain of more than 4 GiB */
+#define VIOMMU_BROKEN_MEMORY 8    /* the file behind guest memory shrank under the mapping */
+
+struct viommu_endpoint_info {
+    uint32_t id;
+    uint32_t domain;
+    bool attached;
+    bool bypass;                  /* reaches all guest memory now */
+    uint64_t faults;
+};
+
+struct viommu_domain_info {
+    uint32_t id;
+    uint32_t endpoints;
+    uint64_t mappings;
+    bool bypass;
+};
+
+struct viommu_mapping_info {
+    uint64_t first;
+    uint64_t last;
+    uint64_t phys;
+    uint32_t flags;               /* READ 1, WRITE 2, MMIO 4 */
+};
+
+struct viommu_engine;
+struct viommu_region;
+
+unsigned viommu_abi_version(void);
+
+/* An engine with its worker thread started and nothing to serve. -EINVAL for settings that contradict each other. */
+int viommu_engine_new(const struct viommu_settings *settings, struct viommu_engine **out);
+void viommu_engine_free(struct viommu_engine *engine);
+
+/*
+ * Endpoints first..last exist, each with these reserved regions (copied). -EEXIST when one is known already,
+ * -EINVAL when regions overlap each other or cannot be told in probe_size bytes. Endpoint objects are made as the
+ * guest names them, up to max_endpoints.
+ */
+int viommu_engine_add_endpoints(struct viommu_engine *engine, uint32_t first, uint32_t last,
+                                const struct viommu_reserved *reserved, size_t count);
+
+/* Guest memory: one mapping of a shared file. The region keeps its own duplicate of fd. */
+int viommu_region_map(uint64_t gpa, uint64_t size, uint64_t user_addr, uint64_t offset, int fd,
+                      struct viommu_region **out);
+void viommu_region_free(struct viommu_region *region);
+
+/*
+ * The new guest memory, whole: the regions given and no others. The engine takes a reference on each. -EINVAL when
+ * guest-physical ranges overlap; -EBUSY when a running ring lies in a region that would go.
+ */
+int viommu_engine_set_memory(struct viommu_engine *engine, struct viommu_region *const *regions, size_t count);
+
+/* Dirty logging of everything the engine writes to guest memory: a bitmap of 4 KiB pages. fd -1 takes it away. */
+int viommu_engine_set_log(struct viommu_engine *engine, int fd, uint64_t size, uint64_t offset);
+void viommu_engine_set_logging(struct viommu_engine *engine, bool on);
+
+/* Feature bits the driver accepted. */
+int viommu_engine_set_features(struct viommu_engine *engine, uint64_t features);
+
+/*
+ * -EFAULT: a ring address is in no region. -EINVAL: size, alignment or base. -EBUSY: the queue runs.
+ * stop is 0 for a queue that does not run; *base then is what it last was.
+ */
+int viommu_queue_start(struct viommu_engine *engine, uint32_t queue, const struct viommu_ring *ring);
+int viommu_queue_stop(struct viommu_engine *engine, uint32_t queue, uint32_t *base);
+int viommu_queue_set_call(struct viommu_engine *engine, uint32_t queue, int fd);
+int viommu_queue_set_err(struct viommu_engine *engine, uint32_t queue, int fd);
+int viommu_queue_set_log(struct viommu_engine *engine, uint32_t queue, bool logged, uint64_t log_addr);
+
+/* Whether the memory of this (stopped) ring shows that a device has used it: 1, 0, or -errno as for start. */
+int viommu_queue_looks_used(struct viommu_engine *engine, const struct viommu_ring *ring);
+
+/* Shared in-flight region of vhost-user: bytes needed, and the memory (fd -1 takes it away). */
+uint64_t viommu_inflight_size(uint32_t queues, uint32_t queue_size);
+int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t size, uint64_t offset,
+                               uint32_t queues, uint32_t queue_size);
+
+/* Device reset: every endpoint detached, every domain gone, waiting faults dropped; config.bypass stays. */
+void viommu_engine_reset(struct viommu_engine *engine);
+
+/* config.bypass: the value now, and a new one (0 or 1). */
+bool viommu_engine_bypass(struct viommu_engine *engine);
+int viommu_engine_set_bypass(struct viommu_engine *engine, bool bypass);
+
+/* A ring is broken and the device wants a reset. */
+bool viommu_engine_needs_reset(struct viommu_engine *engine);
+
+/*
+ * Raise a fault report for an endpoint. 0 when it was queued, -ENOENT for an endpoint that does not exist, -ENOBUFS
+ * when too many wait (it is counted as dropped). Never blocks.
+ */
+int viommu_engine_fault(struct viommu_engine *engine, uint32_t endpoint, uint32_t reason, uint32_t flags,
+                        uint64_t address);
+
+void viommu_engine_stats(struct viommu_engine *engine, struct viommu_stats *out);
+
+/* Readable when records wait; take gives up to max of them and the number lost since the last call. */
+int viommu_engine_record_fd(struct viommu_engine *engine);
+size_t viommu_engine_take_records(struct viommu_engine *engine, struct viommu_record *out, size_t max,
+                                  uint64_t *lost);
+
+/* Pages of a listing, in order from an ID or address; each call stops the worker for at most max steps. */
+size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, struct viommu_endpoint_info *out,
+                               size_t max);
+size_t viommu_engine_domains(struct viommu_engine *engine, uint32_t from, struct viommu_domain_info *out, size_t max);
+/* -ENOENT for no such domain; else the number written. */
+int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain, uint64_t from,
+                               struct viommu_mapping_info *out, size_t max);
+
+/* Where an access of an endpoint goes: 0 and *gpa, -ENOENT no endpoint, -ENXIO unattached and blocked, -EFAULT. */
+int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uint64_t iova, uint32_t access,
+                            uint64_t *gpa);
+
+/* cffi: end */
+#pragma GCC visibility pop
+#endif
