@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from viommud.errors import ViommudError
+from viommud.vhost_user.errors import Refused
 
 
-class DeviceRefused(ViommudError):
+class DeviceRefused(Refused):
     """The device cannot or will not do what the front-end asked; nothing has changed.
 
     The message is one clause without a full stop: it is logged and the request is answered with a non-zero
@@ -96,10 +96,12 @@ class Device(Protocol):
         """Virtio feature bits; without VHOST_F_LOG_ALL (26) and PROTOCOL_FEATURES (30), which are the session's."""
 
     @property
-    def num_queues(self) -> int: ...
+    def num_queues(self) -> int:
+        """Rings, at most 256."""
 
     @property
-    def max_queue_size(self) -> int: ...
+    def max_queue_size(self) -> int:
+        """Greatest number of descriptors of one ring, at most 32768."""
 
     @property
     def config_size(self) -> int:

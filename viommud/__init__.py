@@ -1,0 +1,1 @@
+"""viommud: a virtual machine's IOMMU from outside the machine monitor."""

@@ -1,0 +1,99 @@
+"""File descriptors that arrive over a socket: who owns them, and what they are."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+
+class OwnedFd:
+    """A file descriptor with exactly one owner.
+
+    The owner closes it, or gives it away with take() or move(); afterwards this object holds -1.
+    """
+
+    __slots__ = ("_fd",)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __repr__(self) -> str:
+        return f"OwnedFd({self._fd})"
+
+    @property
+    def fd(self) -> int:
+        """The number, or -1 once it is closed or given away."""
+        return self._fd
+
+    def fileno(self) -> int:
+        """The number of a descriptor that is still owned.
+
+        :raises ValueError: it is closed or was given away.
+        """
+        if self._fd < 0:
+            raise ValueError("the file descriptor is closed or has another owner")
+        return self._fd
+
+    def take(self) -> int:
+        """Give the descriptor to the caller, who must close it."""
+        fd, self._fd = self.fileno(), -1
+        return fd
+
+    def move(self) -> OwnedFd:
+        """Give the descriptor to a new OwnedFd."""
+        return OwnedFd(self.take())
+
+    def close(self) -> None:
+        """Close; nothing if that is done or the descriptor was given away."""
+        if self._fd >= 0:
+            os.close(self.take())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            warnings.warn(f"file descriptor {self._fd} was never closed", ResourceWarning, stacklevel=1)
+            self.close()
+
+
+def close_all(fds: Iterable[OwnedFd]) -> None:
+    """Close every descriptor of a collection that is still owned."""
+    for fd in fds:
+        fd.close()
+
+
+def is_eventfd(fd: int) -> bool:
+    """Is this an eventfd?  The kernel has no call for it; the name of the anonymous inode tells."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return False
+
+
+def is_unix_stream_socket(fd: int) -> bool:
+    """Is this a connected or connectable UNIX stream socket?"""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+
+
+def memory_size(fd: int) -> int | None:
+    """Size in bytes of a file that can hold shared memory: a regular file or a memfd.  None for anything else.
+
+    Pipes, directories, sockets and devices are refused by kind rather than by a failing mmap: some devices can be
+    mapped, with surprising results.
+    """
+    status = os.fstat(fd)
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
