@@ -49,7 +49,7 @@ NEED_DATA: Final = NeedData.NEED_DATA
 class Message:
     """What both kinds of message have: the descriptors are owned by the message until they are taken from it."""
 
-    type: RequestType
+    kind: RequestType
     payload: Payload
     fds: tuple[OwnedFd, ...]
 
@@ -106,7 +106,7 @@ class Role(enum.Enum):
 class _Header:
     """A checked header: what the payload must be."""
 
-    type: RequestType
+    kind: RequestType
     payload: type[Payload]
     rule: FdRule
     need_reply: bool
@@ -174,7 +174,7 @@ class Connection:
         if self._failed or self._closed:
             raise LocalProtocolError("end of stream fed to a connection that has ended")
         if not self.between_messages:
-            where = "header" if self._header is None else f"{self._header.type.name} payload"
+            where = "header" if self._header is None else f"{self._header.kind.name} payload"
             self._reject(f"the connection was closed in the middle of a {where}")
         self._closed = True
         self._ready.append(Closed())
@@ -216,10 +216,10 @@ class Connection:
 
     def send_reply(self, request: Request, payload: Payload, fds: Sequence[int] = ()) -> Outgoing:
         """Encode a request's own reply, or its refusal (responder only)."""
-        if request.type.reply is None:
-            raise LocalProtocolError(f"{request.type.name} has no reply of its own")
-        if payload != request.type.refusal:
-            self._check_outgoing(request.type, request.type.reply, payload, request.type.reply_fds, len(fds))
+        if request.kind.reply is None:
+            raise LocalProtocolError(f"{request.kind.name} has no reply of its own")
+        if payload != request.kind.refusal:
+            self._check_outgoing(request.kind, request.kind.reply, payload, request.kind.reply_fds, len(fds))
         return self._respond(request, payload, fds)
 
     def send_ack(self, request: Request, value: U64) -> Outgoing:
@@ -239,7 +239,7 @@ class Connection:
     def _respond(self, request: Request, payload: Payload, fds: Sequence[int]) -> Outgoing:
         if self._role is not Role.RESPONDER:
             raise LocalProtocolError("a requester sends no replies")
-        return self._encode(request.type, VERSION | FLAG_REPLY, payload, fds)
+        return self._encode(request.kind, VERSION | FLAG_REPLY, payload, fds)
 
     @staticmethod
     def _check_outgoing(kind: RequestType, due: type[Payload], payload: Payload, rule: FdRule, count: int) -> None:
@@ -276,7 +276,7 @@ class Connection:
         least, greatest = header.payload.sizes()
         if not least <= size <= greatest:
             due = f"{least}" if least == greatest else f"{least} to {greatest}"
-            self._reject(f"{header.type.name} with a payload of {size} bytes, {due} are due")
+            self._reject(f"{header.kind.name} with a payload of {size} bytes, {due} are due")
         if len(self._fds) > header.rule.greatest:
             self._reject_fds(header)
         return header
@@ -307,7 +307,7 @@ class Connection:
         try:
             payload = header.payload.decode(bytes(self._buffer))
         except InvalidPayload as error:
-            self._reject(f"{header.type.name}: {error}")
+            self._reject(f"{header.kind.name}: {error}")
         least, greatest = header.rule.expected(payload)
         if not least <= len(self._fds) <= greatest:
             self._reject_fds(header)
@@ -315,12 +315,12 @@ class Connection:
         self._buffer.clear()
         self._header = None
         if self._role is Role.RESPONDER:
-            self._ready.append(Request(header.type, payload, fds, header.need_reply))
+            self._ready.append(Request(header.kind, payload, fds, header.need_reply))
         else:
-            self._ready.append(Reply(header.type, payload, fds))
+            self._ready.append(Reply(header.kind, payload, fds))
 
     def _reject_fds(self, header: _Header) -> NoReturn:
-        self._reject(f"{header.type.name} with {len(self._fds)} descriptors where {header.rule.text} is due")
+        self._reject(f"{header.kind.name} with {len(self._fds)} descriptors where {header.rule.text} is due")
 
     def _reject(self, reason: str, fds: Sequence[OwnedFd] = ()) -> NoReturn:
         """The one place where what the peer sent is thrown away."""

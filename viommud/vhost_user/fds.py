@@ -6,9 +6,14 @@ import os
 import socket
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
+
+from viommud.vhost_user.errors import Refused
+
+MAX_FILE_OFFSET = (1 << 63) - 1
+"""off_t is signed."""
 
 
 class OwnedFd:
@@ -85,8 +90,11 @@ def is_unix_stream_socket(fd: int) -> bool:
     """Is this a connected or connectable UNIX stream socket?"""
     if not stat.S_ISSOCK(os.fstat(fd).st_mode):
         return False
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    sock = socket.socket(fileno=fd)
+    try:
         return sock.family == socket.AF_UNIX and sock.type == socket.SOCK_STREAM
+    finally:
+        sock.detach()
 
 
 def memory_size(fd: int) -> int | None:
@@ -97,3 +105,47 @@ def memory_size(fd: int) -> int | None:
     """
     status = os.fstat(fd)
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def require_eventfd(fd: OwnedFd, use: str) -> None:
+    """Refuse a descriptor that is no eventfd.
+
+    :raises Refused: naming its use.
+    """
+    if not is_eventfd(fd.fileno()):
+        raise Refused(f"the {use} descriptor is not an eventfd")
+
+
+def replace_eventfd(old: OwnedFd | None, fds: Sequence[OwnedFd], use: str) -> OwnedFd | None:
+    """Take an eventfd, or none, in place of another, which is closed.
+
+    :raises Refused: it is no eventfd; the old one is still there.
+    """
+    if fds:
+        require_eventfd(fds[0], use)
+    if old is not None:
+        old.close()
+    return fds[0].move() if fds else None
+
+
+def require_memory(fd: OwnedFd, use: str) -> int:
+    """Size in bytes of a descriptor that must be a regular file or a memfd.
+
+    :raises Refused: it is something else.
+    """
+    size = memory_size(fd.fileno())
+    if size is None:
+        raise Refused(f"the descriptor for {use} is not a regular file or memfd")
+    return size
+
+
+def check_area(fd: OwnedFd, use: str, size: int, offset: int) -> None:
+    """Refuse an area that is empty or not wholly inside its file.
+
+    :raises Refused: naming its use.
+    """
+    file_size = require_memory(fd, use)
+    if size == 0:
+        raise Refused(f"the {use} is empty")
+    if offset + size > min(file_size, MAX_FILE_OFFSET):
+        raise Refused(f"the {use}, {size} bytes at {offset}, is not in a file of {file_size} bytes")

@@ -11,7 +11,6 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
 
 from viommud.vhost_user.payloads import (
     MAX_TABLE_REGIONS,

@@ -253,7 +253,8 @@ class Inflight(Payload):
         padding = len(data) - cls.FORMAT.size
         if padding not in (0, cls.PADDING):
             raise InvalidPayload(f"{len(data)} bytes where 20 or 24 are due")
-        return cls(*cls.FORMAT.unpack_from(data), bool(padding))
+        mmap_size, mmap_offset, num_queues, queue_size = cls.FORMAT.unpack_from(data)
+        return cls(mmap_size, mmap_offset, num_queues, queue_size, padded=bool(padding))
 
     def encode(self) -> bytes:
         body = self.FORMAT.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
