@@ -184,7 +184,7 @@ void viommu_region_free(struct viommu_region *region);
 
 /*
  * The new guest memory, whole: the regions given and no others. The engine takes a reference on each. -EINVAL when
- * guest-physical ranges overlap; -EBUSY when a running ring lies in a region that would go.
+ * guest-physical ranges overlap. A running ring that no longer lies in memory is broken (VIOMMU_BROKEN_ADDRESS).
  */
 int viommu_engine_set_memory(struct viommu_engine *engine, struct viommu_region *const *regions, size_t count);
 
