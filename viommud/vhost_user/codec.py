@@ -222,7 +222,7 @@ class Connection:
             self._check_outgoing(request.kind, request.kind.reply, payload, request.kind.reply_fds, len(fds))
         return self._respond(request, payload, fds)
 
-    def send_ack(self, request: Request, value: U64) -> Outgoing:
+    def send_ack(self, request: Request, value: Payload) -> Outgoing:
         """Encode an acknowledgement: zero for success (responder only)."""
         return self._respond(request, value, ())
 

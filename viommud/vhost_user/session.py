@@ -57,8 +57,14 @@ from viommud.vhost_user.ring import PACKED, SPLIT, Ring, RingFormat
 
 STATUS_NEEDS_RESET = 0x40
 STATUS_MASK = 0xFF
-REFUSALS_LOGGED = 5
-"""Lines for refusals of one kind of request; the others are counted."""
+REPEATS_LOGGED = 8
+"""How often an event that a guest or front-end can repeat at will gets a line each time."""
+
+
+_RESTART_LINES = {
+    Verdict.RESET: "guest driver starts anew: device reset",
+    Verdict.RESUME: "guest driver continues",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,8 @@ class Session:
         self._backend_channel: OwnedFd | None = None
         self.refused: Counter[str] = Counter()
         """Refused requests by name."""
+        self.restarts: Counter[Verdict] = Counter()
+        """How often the guest's driver ran its rings again, continuing or anew."""
 
     @property
     def features(self) -> int:
@@ -187,12 +195,11 @@ class Session:
     def _note_refusal(self, kind: RequestType, refusal: Refused) -> None:
         self.refused[kind.name] += 1
         count = self.refused[kind.name]
-        if count > REFUSALS_LOGGED:
-            return
-        context = {"hint": refusal.hint} if refusal.hint else {}
-        if count == REFUSALS_LOGGED:
-            context["further"] = "counted, not logged"
-        self._log.warning("vhost-user request refused", request=kind.name, reason=str(refusal), **context)
+        if _worth_a_line(count):
+            context = {"hint": refusal.hint} if refusal.hint else {}
+            self._log.warning(
+                "vhost-user request refused", request=kind.name, reason=str(refusal), count=count, **context
+            )
 
     # Features
 
@@ -275,7 +282,7 @@ class Session:
         self._status = 0
         self._config_read_while_stopped = False
         self._device.reset()
-        self._log.info("device reset by the front-end")
+        self._log.debug("device reset by the front-end")
 
     # Guest memory
 
@@ -477,9 +484,10 @@ class Session:
             self._device.reset()
             for ring in self._rings:
                 ring.forget_history()
-            self._log.info("guest driver starts anew: device reset", reason=reason)
-        elif reason:
-            self._log.info("guest driver continues", reason=reason)
+        if reason:
+            self.restarts[verdict] += 1
+            if _worth_a_line(self.restarts[verdict]):
+                self._log.info(_RESTART_LINES[verdict], reason=reason, count=self.restarts[verdict])
         self._config_read_while_stopped = False
         self._features_of_run = driver_features
 
@@ -598,6 +606,11 @@ def _own_refusal(request: Request, refusal: Refused) -> Response:
     if isinstance(payload, Inflight) and isinstance(request.payload, Inflight):
         payload = replace(payload, padded=request.payload.padded)
     return _reply(payload)
+
+
+def _worth_a_line(count: int) -> bool:
+    """Log the first few of a kind, then the 16th, the 32nd, ...: a peer cannot flood the log, and nothing is hidden."""
+    return count <= REPEATS_LOGGED or count & (count - 1) == 0
 
 
 def _same_place(one: VringAddr, other: VringAddr) -> bool:
