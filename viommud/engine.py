@@ -1,0 +1,433 @@
+"""The C engine as a typed object: the one module that touches cffi.
+
+An `Engine` is a `viommud.vhost_user.device.Device`.  Every method is a plain call into C, which releases the GIL; the
+ones that change what the worker sees wait for it to finish its round, microseconds as a rule.  Errors of the engine
+become `DeviceRefused` where a front-end asked, `OSError` elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Any
+
+from viommud import config_space
+from viommud._core import ffi, lib
+from viommud.settings import Feature, Reserved, Settings
+from viommud.vhost_user.device import DeviceRefused, MappedRegion, QueueSetup, Region
+
+ABI = 1
+if lib.viommu_abi_version() != ABI:  # a stale build of the extension beside newer Python
+    raise ImportError(f"viommud._core has ABI {lib.viommu_abi_version()}, this package needs {ABI}: build it again")
+
+REQUEST_NAMES = ("unknown", "attach", "detach", "map", "unmap", "probe")
+STATUS_NAMES = ("ok", "ioerr", "unsupp", "deverr", "inval", "range", "noent", "fault", "nomem", "unanswered")
+PAGE = 256  # entries of a listing fetched while the worker stands still
+
+
+class RecordKind(IntEnum):
+    """What a record tells."""
+
+    REFUSED = lib.VIOMMU_RECORD_REFUSED
+    BROKEN = lib.VIOMMU_RECORD_BROKEN
+    ATTACHED = lib.VIOMMU_RECORD_ATTACHED
+    DETACHED = lib.VIOMMU_RECORD_DETACHED
+    FAULT = lib.VIOMMU_RECORD_FAULT
+
+
+class Broken(IntEnum):
+    """Why a ring was stopped."""
+
+    AVAIL = lib.VIOMMU_BROKEN_AVAIL
+    HEAD = lib.VIOMMU_BROKEN_HEAD
+    LOOP = lib.VIOMMU_BROKEN_LOOP
+    ORDER = lib.VIOMMU_BROKEN_ORDER
+    INDIRECT = lib.VIOMMU_BROKEN_INDIRECT
+    ADDRESS = lib.VIOMMU_BROKEN_ADDRESS
+    LENGTH = lib.VIOMMU_BROKEN_LENGTH
+    MEMORY = lib.VIOMMU_BROKEN_MEMORY
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Something that happened in the worker; fields as in struct viommu_record."""
+
+    kind: RecordKind
+    type: int
+    code: int
+    endpoint: int
+    domain: int
+    value: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters since the engine was made; fields as in struct viommu_stats."""
+
+    requests: dict[str, dict[str, int]]
+    """By request type, by status; what never happened is left out."""
+    endpoints: int
+    domains: int
+    mappings: int
+    peak_domains: int
+    peak_mappings: int
+    mapping_bytes: int
+    limit_hits: int
+    faults_sent: int
+    faults_dropped: int
+    rings_broken: int
+    kicks: int
+    notifications: int
+    batches: int
+    busy_ns: int
+    spin_ns: int
+    sleeps: int
+    heartbeat: int
+    asleep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointInfo:
+    """An endpoint that the guest has named."""
+
+    id: int
+    domain: int | None
+    bypass: bool
+    faults: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """A domain that exists."""
+
+    id: int
+    endpoints: int
+    mappings: int
+    bypass: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """One guest MAP: IOVAs first to last, both included, lead to guest-physical phys on."""
+
+    first: int
+    last: int
+    phys: int
+    flags: int
+
+
+class EngineRegion:
+    """A piece of guest memory, mapped; keeps its file open until closed and out of use."""
+
+    def __init__(self, region: Region, fd: int) -> None:
+        out = ffi.new("struct viommu_region **")
+        rc = lib.viommu_region_map(region.guest_addr, region.size, region.user_addr, region.mmap_offset, fd, out)
+        if rc == -errno.ENXIO:
+            raise DeviceRefused("the file of a memory region is shorter than the region")
+        if rc == -errno.EBADF:
+            raise DeviceRefused("a memory region is not backed by a file that can be shared")
+        if rc != 0:
+            raise DeviceRefused(f"a memory region cannot be mapped: {os.strerror(-rc)}")
+        self._handle: Any = out[0]
+        self._region = region
+
+    @property
+    def region(self) -> Region:
+        """The description it was mapped from."""
+        return self._region
+
+    @property
+    def handle(self) -> Any:
+        """The engine's own handle."""
+        return self._handle
+
+    def close(self) -> None:
+        """Give up our reference; the engine unmaps when it has none either."""
+        if self._handle is not None:
+            lib.viommu_region_free(self._handle)
+            self._handle = None
+
+
+def _fd(fd: int | None) -> int:
+    return -1 if fd is None else fd
+
+
+class Engine:
+    """The virtio-iommu of one virtual machine, with its worker thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        raw = ffi.new("struct viommu_settings *")
+        for field in fields(settings):
+            setattr(raw, field.name, int(getattr(settings, field.name)))
+        out = ffi.new("struct viommu_engine **")
+        rc = lib.viommu_engine_new(raw, out)
+        if rc == -errno.EINVAL:
+            raise ValueError("the settings contradict each other")
+        if rc != 0:
+            raise OSError(-rc, os.strerror(-rc))
+        self._engine: Any = out[0]
+        self.settings = settings
+        self._driver_features = 0
+        self.record_fd: int = lib.viommu_engine_record_fd(self._engine)
+        """Readable when take_records() has something."""
+
+    def close(self) -> None:
+        """Stop the worker and free everything; no other method may be called afterwards."""
+        if self._engine is not None:
+            lib.viommu_engine_free(self._engine)
+            self._engine = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def add_endpoints(self, first: int, last: int, reserved: Sequence[Reserved] = ()) -> None:
+        """Endpoints first to last exist, each with these reserved regions.
+
+        :raises ValueError: one exists already, regions overlap, or they do not fit into probe_size bytes.
+        """
+        raw = ffi.new("struct viommu_reserved[]", max(len(reserved), 1))
+        for entry, region in zip(raw, reserved, strict=False):
+            entry.first, entry.last, entry.subtype = region.first, region.last, int(region.kind)
+        rc = lib.viommu_engine_add_endpoints(self._engine, first, last, raw, len(reserved))
+        if rc == -errno.EEXIST:
+            raise ValueError(f"an endpoint of {first:#x}-{last:#x} exists already")
+        if rc == -errno.EINVAL:
+            raise ValueError(f"the reserved regions of endpoints {first:#x}-{last:#x} cannot be described")
+        if rc != 0:
+            raise OSError(-rc, os.strerror(-rc))
+
+    # ---------------------------------------------------------------------------------- what a session asks for
+
+    @property
+    def offered_features(self) -> int:
+        """Virtio feature bits."""
+        return int(self.settings.features)
+
+    @property
+    def num_queues(self) -> int:
+        """The request queue and the event queue."""
+        return int(lib.VIOMMU_QUEUES)
+
+    @property
+    def max_queue_size(self) -> int:
+        """Entries."""
+        return int(lib.VIOMMU_MAX_QUEUE_SIZE)
+
+    @property
+    def config_size(self) -> int:
+        """Bytes."""
+        return config_space.size(self.settings)
+
+    @property
+    def needs_reset(self) -> bool:
+        """A ring is broken and the device has not been reset since."""
+        return bool(lib.viommu_engine_needs_reset(self._engine))
+
+    def config_read(self, offset: int, size: int) -> bytes:
+        """Configuration space as it is now."""
+        return config_space.render(self.settings, self.bypass)[offset : offset + size]
+
+    def config_write(self, offset: int, data: bytes, migration: bool) -> None:
+        """Take over `bypass` and nothing else.
+
+        The front-end writes back the whole space, so the other fields are ignored, not refused.  A value other than 0
+        and 1 is ignored too: to clamp it would let a driver's mistake open the bypass.
+        """
+        at = config_space.BYPASS_OFFSET - offset
+        if not 0 <= at < len(data) or not Feature.BYPASS_CONFIG & self.settings.features:
+            return
+        if not migration and not Feature.BYPASS_CONFIG & self._driver_features:
+            return
+        if data[at] in (0, 1) and bool(data[at]) != self.bypass:
+            self.bypass = bool(data[at])
+
+    def set_driver_features(self, features: int) -> None:
+        """Features that the driver accepted."""
+        rc = lib.viommu_engine_set_features(self._engine, features)
+        if rc != 0:
+            raise DeviceRefused(f"features {features & ~self.offered_features:#x} were not offered")
+        self._driver_features = features
+
+    def map_region(self, region: Region, fd: int) -> EngineRegion:
+        """Map a piece of guest memory; it is used from the next set_memory() on."""
+        return EngineRegion(region, fd)
+
+    def set_memory(self, regions: Sequence[MappedRegion]) -> None:
+        """Exactly these regions are guest memory now."""
+        handles = [region.handle for region in regions if isinstance(region, EngineRegion)]
+        rc = lib.viommu_engine_set_memory(self._engine, handles, len(handles))
+        if rc != 0:
+            raise DeviceRefused(f"the memory table cannot be used: {os.strerror(-rc)}")
+
+    def _ring(self, setup: QueueSetup) -> Any:
+        ring = ffi.new("struct viommu_ring *")
+        ring.size, ring.base = setup.size, setup.base
+        ring.desc, ring.avail, ring.used = setup.desc, setup.avail, setup.used
+        ring.gpa = setup.addresses_are_gpa
+        ring.logged, ring.log_addr = setup.log_addr is not None, setup.log_addr or 0
+        ring.kick, ring.call, ring.err = setup.kick_fd, _fd(setup.call_fd), _fd(setup.err_fd)
+        return ring
+
+    def start_queue(self, index: int, setup: QueueSetup) -> None:
+        """Serve a ring."""
+        rc = lib.viommu_queue_start(self._engine, index, self._ring(setup))
+        if rc == -errno.EFAULT:
+            raise DeviceRefused(
+                f"ring {index} lies outside the memory the front-end shared (is guest RAM shared, share=on?)"
+            )
+        if rc == -errno.EINVAL:
+            raise DeviceRefused(f"ring {index} has a size, alignment or base that no ring can have")
+        if rc != 0:
+            raise DeviceRefused(f"ring {index} cannot be started: {os.strerror(-rc)}")
+
+    def stop_queue(self, index: int) -> int:
+        """Serve a ring no more; everything taken from it has been answered."""
+        base = ffi.new("uint32_t *")
+        rc = lib.viommu_queue_stop(self._engine, index, base)
+        if rc != 0:
+            raise DeviceRefused(f"there is no ring {index}")
+        return int(base[0])
+
+    def ring_looks_used(self, index: int, setup: QueueSetup) -> bool:
+        """Whether a stopped ring's memory shows that it was served before."""
+        return int(lib.viommu_queue_looks_used(self._engine, self._ring(setup))) == 1
+
+    def set_call(self, index: int, fd: int | None) -> None:
+        """Replace the eventfd of interrupts; of a ring that does not run, the next start brings it."""
+        lib.viommu_queue_set_call(self._engine, index, _fd(fd))
+
+    def set_err(self, index: int, fd: int | None) -> None:
+        """Replace the eventfd of ring errors."""
+        lib.viommu_queue_set_err(self._engine, index, _fd(fd))
+
+    def set_log(self, fd: int | None, size: int, offset: int) -> None:
+        """Replace the dirty log."""
+        rc = lib.viommu_engine_set_log(self._engine, _fd(fd), size, offset)
+        if rc != 0:
+            raise DeviceRefused(f"the dirty log cannot be mapped: {os.strerror(-rc)}")
+
+    def set_logging(self, on: bool) -> None:
+        """Log writes to guest memory, or stop logging."""
+        lib.viommu_engine_set_logging(self._engine, on)
+
+    def set_queue_log(self, index: int, log_addr: int | None) -> None:
+        """Where writes to a ring are logged."""
+        lib.viommu_queue_set_log(self._engine, index, log_addr is not None, log_addr or 0)
+
+    def inflight_size(self, num_queues: int, queue_size: int) -> int:
+        """Bytes of in-flight memory."""
+        return int(lib.viommu_inflight_size(num_queues, queue_size))
+
+    def set_inflight(self, fd: int | None, size: int, offset: int, num_queues: int, queue_size: int) -> None:
+        """Replace the in-flight memory."""
+        rc = lib.viommu_engine_set_inflight(self._engine, _fd(fd), size, offset, num_queues, queue_size)
+        if rc != 0:
+            raise DeviceRefused(f"the in-flight memory cannot be used: {os.strerror(-rc)}")
+
+    def reset(self) -> None:
+        """Device reset: no endpoint attached, no domain, no waiting fault.  `bypass` stays."""
+        lib.viommu_engine_reset(self._engine)
+
+    # ------------------------------------------------------------------------------------------------ the rest
+
+    @property
+    def driver_features(self) -> Feature:
+        """Features that the driver accepted."""
+        return Feature(self._driver_features)
+
+    @property
+    def bypass(self) -> bool:
+        """config.bypass: whether endpoints in no domain reach all memory."""
+        return bool(lib.viommu_engine_bypass(self._engine))
+
+    @bypass.setter
+    def bypass(self, value: bool) -> None:
+        lib.viommu_engine_set_bypass(self._engine, value)
+
+    def raise_fault(self, endpoint: int, reason: int, flags: int, address: int = 0) -> bool:
+        """Report a fault to the guest: reason 0 unknown, 1 domain, 2 mapping; flags READ 1, WRITE 2, ADDRESS 0x100.
+
+        :returns: False when it was dropped (too many wait, or the endpoint is over its rate).
+        :raises ValueError: there is no such endpoint.
+        """
+        rc = lib.viommu_engine_fault(self._engine, endpoint, reason, flags, address)
+        if rc == -errno.ENOENT:
+            raise ValueError(f"there is no endpoint {endpoint:#x}")
+        return int(rc) == 0
+
+    def stats(self) -> Stats:
+        """Counters, read without stopping the worker."""
+        raw = ffi.new("struct viommu_stats *")
+        lib.viommu_engine_stats(self._engine, raw)
+        requests = {
+            name: counts
+            for i, name in enumerate(REQUEST_NAMES)
+            if (counts := {status: int(n) for status, n in zip(STATUS_NAMES, raw.requests[i], strict=True) if n})
+        }
+        plain: dict[str, Any] = {f.name: getattr(raw, f.name) for f in fields(Stats) if f.name != "requests"}
+        return Stats(requests=requests, **plain)
+
+    def take_records(self, limit: int = PAGE) -> tuple[list[Record], int]:
+        """Up to limit records, oldest first, and how many were lost since the last call."""
+        raw = ffi.new("struct viommu_record[]", limit)
+        lost = ffi.new("uint64_t *")
+        count = lib.viommu_engine_take_records(self._engine, raw, limit, lost)
+        records = [
+            Record(RecordKind(r.kind), r.type, r.code, r.endpoint, r.domain, r.value, r.first, r.last)
+            for r in raw[0:count]
+        ]
+        return records, int(lost[0])
+
+    def endpoints(self) -> Iterator[EndpointInfo]:
+        """Endpoints the guest has named, by ID; fetched a page at a time."""
+        raw = ffi.new("struct viommu_endpoint_info[]", PAGE)
+        start = 0
+        while start <= 0xFFFFFFFF:
+            count = lib.viommu_engine_endpoints(self._engine, start, raw, PAGE)
+            for info in raw[0:count]:
+                yield EndpointInfo(info.id, info.domain if info.attached else None, info.bypass, info.faults)
+            if count < PAGE:
+                return
+            start = raw[count - 1].id + 1
+
+    def domains(self) -> Iterator[DomainInfo]:
+        """Domains, by ID; fetched a page at a time."""
+        raw = ffi.new("struct viommu_domain_info[]", PAGE)
+        start = 0
+        while start <= 0xFFFFFFFF:
+            count = lib.viommu_engine_domains(self._engine, start, raw, PAGE)
+            for info in raw[0:count]:
+                yield DomainInfo(info.id, info.endpoints, info.mappings, info.bypass)
+            if count < PAGE:
+                return
+            start = raw[count - 1].id + 1
+
+    def mappings(self, domain: int, start: int = 0, limit: int = PAGE) -> list[Mapping]:
+        """Up to limit mappings of a domain that end at or after IOVA start, in order.
+
+        :raises KeyError: there is no such domain.
+        """
+        raw = ffi.new("struct viommu_mapping_info[]", limit)
+        count = lib.viommu_engine_mappings(self._engine, domain, start, raw, limit)
+        if count < 0:
+            raise KeyError(domain)
+        return [Mapping(m.first, m.last, m.phys, m.flags) for m in raw[0:count]]
+
+    def translate(self, endpoint: int, iova: int, access: int = 0) -> int | None:
+        """The guest-physical address an access (READ 1, WRITE 2) of an endpoint reaches; None: none.
+
+        :raises ValueError: there is no such endpoint.
+        """
+        gpa = ffi.new("uint64_t *")
+        rc = lib.viommu_engine_translate(self._engine, endpoint, iova, access, gpa)
+        if rc == -errno.ENOENT:
+            raise ValueError(f"there is no endpoint {endpoint:#x}")
+        return int(gpa[0]) if rc == 0 else None
