@@ -1,0 +1,1 @@
+"""Tests of single modules: no QEMU, no guest."""

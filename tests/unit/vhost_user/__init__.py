@@ -1,0 +1,1 @@
+"""The vhost-user layer against a device that only remembers."""
