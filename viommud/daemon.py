@@ -1,0 +1,240 @@
+"""The daemon: the one place that knows the order of things.
+
+Log, engine, socket, ready; then, for each front-end, a session over its connection and the engine's records beside
+it, until the front-end goes.  One engine serves one connection: the next VM finds nothing of the one before, and
+config.bypass is again what the user set (a connection's life is what a back-end can see of a system reset).
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from viommud import __version__
+from viommud.device_setup import DeviceSetup
+from viommud.endpoint_id import show
+from viommud.engine import Engine
+from viommud.errors import UsageError
+from viommud.log import RateLimiter, configure
+from viommud.options import Options
+from viommud.report import ENDPOINTS_REMEMBERED, Reporter, feature_names
+from viommud.service import notify
+from viommud.sockets import VhostSocket, acquire
+from viommud.vhost_user.errors import RemoteProtocolError
+from viommud.vhost_user.features import VHOST_USER_BITS
+from viommud.vhost_user.serve import serve
+from viommud.vhost_user.session import Session
+
+DRAIN_PAUSE = 0.05
+"""Seconds between two looks at the engine's records: a guest that makes many costs the control plane little."""
+LEFT_OUT_PAUSE = 5.0
+"""Seconds without a record after which left-out lines are told of."""
+ACCEPT_PAUSE = 0.2
+"""Seconds to wait when a connection cannot be accepted for lack of something."""
+
+EXIT_OK = 0
+EXIT_CONNECTION_BROKEN = 1
+
+
+def run_daemon(options: Options, setup: DeviceSetup) -> int:
+    """Serve until the front-end goes or a signal comes; returns the exit status.
+
+    :raises UsageError: the socket or the engine cannot be had.
+    """
+    log = configure(options.log_level, options.log_format)
+    engine = make_engine(setup)
+    try:
+        vhost_socket = acquire(options)
+    except BaseException:
+        engine.close()
+        raise
+    with vhost_socket:
+        return trio.run(Daemon(setup, vhost_socket, log, keep_listening=options.keep_listening).run, engine)
+
+
+def make_engine(setup: DeviceSetup) -> Engine:
+    """An engine with the endpoints of the configuration.
+
+    :raises UsageError: the engine does not accept them.
+    """
+    try:
+        engine = Engine(setup.settings)
+        try:
+            for entry in setup.endpoints:
+                engine.add_endpoints(entry.first, entry.last, entry.reserved)
+        except BaseException:
+            engine.close()
+            raise
+    except ValueError as error:
+        raise UsageError(f"the configuration cannot be used: {error}") from error
+    except OSError as error:
+        raise UsageError(f"the engine cannot be started: {error.strerror}") from error
+    return engine
+
+
+@dataclass
+class Daemon:
+    """One socket and what comes through it, one front-end at a time."""
+
+    setup: DeviceSetup
+    vhost_socket: VhostSocket
+    log: FilteringBoundLogger
+    keep_listening: bool = False
+    _limiter: RateLimiter = field(default_factory=RateLimiter)
+
+    async def run(self, engine: Engine) -> int:
+        """Serve with this engine first, which is closed in any case; returns the exit status."""
+        status = EXIT_OK
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
+                try:
+                    status = await self._serve(engine)
+                finally:
+                    notify("STOPPING=1")
+                nursery.cancel_scope.cancel()
+        self.log.info("stopped")
+        return status
+
+    async def _end_on_signal(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        async for number in signals:
+            self.log.info("signal", name=signal.Signals(number).name)
+            scope.cancel()
+
+    async def _serve(self, engine: Engine) -> int:
+        self._announce()
+        if not self.vhost_socket.listening:
+            # The socket is handed over with its descriptor; VhostSocket.close() then has nothing to close.
+            connection = trio.socket.from_stdlib_socket(socket.socket(fileno=self.vhost_socket.sock.detach()))
+            notify("READY=1", "STATUS=serving a front-end")
+            return await self._serve_connection(connection, engine)
+        listener = trio.socket.from_stdlib_socket(self.vhost_socket.sock)
+        notify("READY=1", "STATUS=waiting for a front-end")
+        while True:
+            try:
+                connection = await self._accept(listener)
+            except BaseException:
+                engine.close()
+                raise
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._refuse_others, listener)
+                notify("STATUS=serving a front-end")
+                status = await self._serve_connection(connection, engine)
+                nursery.cancel_scope.cancel()
+            if not self.keep_listening:
+                return status
+            notify("STATUS=waiting for a front-end")
+            engine = make_engine(self.setup)
+
+    def _announce(self) -> None:
+        self.log.info(
+            "started",
+            version=__version__,
+            socket=self.vhost_socket.described,
+            listening=self.vhost_socket.listening,
+            endpoints=self.setup.summary,
+            features=feature_names(self.setup.settings.features),
+        )
+        self.log.info("state-only", hint="keeps state only, translates for no device")
+
+    async def _accept(self, listener: trio.socket.SocketType) -> trio.socket.SocketType:
+        while True:
+            try:
+                connection, _ = await listener.accept()
+            except OSError as error:
+                if error.errno == errno.ECONNABORTED:
+                    continue
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                self._limited("warning", "cannot-accept", reason=error.strerror)
+                await trio.sleep(ACCEPT_PAUSE)
+            else:
+                return connection
+
+    async def _refuse_others(self, listener: trio.socket.SocketType) -> None:
+        """A VM has one IOMMU here: whoever connects while it is served is turned away."""
+        while True:
+            with await self._accept(listener) as other:
+                self._limited("warning", "second-client-refused", **_peer(other))
+
+    def _limited(self, level: str, event: str, **fields: object) -> None:
+        extra = self._limiter.admit(event)
+        if extra is not None:
+            getattr(self.log, level)(event, **fields, **extra)
+
+    async def _serve_connection(self, connection: trio.socket.SocketType, engine: Engine) -> int:
+        """One front-end from its first message to its end; closes connection and engine."""
+        started = time.monotonic()
+        sessions: list[Session] = []
+        reporter = Reporter(engine, self.log)
+        broken: str | None = None
+        try:
+            self.log.info("client-connected", **_peer(connection))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_watch_records, engine, reporter)
+                try:
+                    await serve(connection, engine, self.log, on_session=sessions.append)
+                except RemoteProtocolError as error:
+                    broken = error.sentence
+                    self.log.error("protocol-error", reason=broken, hint="the connection is closed")
+                except OSError as error:
+                    # Nothing a peer says leads here: the host lacks something.
+                    broken = f"{error.strerror}"
+                    self.log.error("connection-failed", reason=broken)
+                nursery.cancel_scope.cancel()
+        finally:
+            # Also when a signal ends the session: what happened in it is told in any case.
+            connection.close()
+            reporter.drain()
+            reporter.tell_left_out(everything=True)
+            self._summarise(engine, reporter, sessions, broken, time.monotonic() - started)
+            engine.close()
+        return EXIT_OK if broken is None else EXIT_CONNECTION_BROKEN
+
+    def _summarise(
+        self, engine: Engine, reporter: Reporter, sessions: list[Session], broken: str | None, seconds: float
+    ) -> None:
+        stats = engine.stats()
+        features = sessions[0].features & ~VHOST_USER_BITS if sessions else 0
+        refused = dict(sessions[0].refused) if sessions else {}
+        self.log.info(
+            "session-ended",
+            seconds=round(seconds, 3),
+            features=feature_names(features),
+            requests=stats.requests,
+            endpoints=[show(endpoint) for endpoint in sorted(reporter.endpoints_seen)],
+            endpoints_more=len(reporter.endpoints_seen) >= ENDPOINTS_REMEMBERED,
+            peak_domains=stats.peak_domains,
+            peak_mappings=stats.peak_mappings,
+            limit_hits=stats.limit_hits,
+            faults_sent=stats.faults_sent,
+            faults_dropped=stats.faults_dropped,
+            rings_broken=stats.rings_broken,
+            records_lost=reporter.records_lost,
+            frontend_requests_refused=refused,
+            protocol_errors=0 if broken is None else 1,
+        )
+
+
+async def _watch_records(engine: Engine, reporter: Reporter) -> None:
+    while True:
+        with trio.move_on_after(LEFT_OUT_PAUSE if reporter.pending else float("inf")):
+            await trio.lowlevel.wait_readable(engine.record_fd)
+            reporter.drain()
+        reporter.tell_left_out()
+        await trio.sleep(DRAIN_PAUSE)
+
+
+def _peer(sock: trio.socket.SocketType) -> dict[str, int]:
+    """Who is at the other end (SO_PEERCRED), as far as the kernel knows."""
+    credentials = struct.Struct("3i")
+    pid, uid, gid = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
+    return {"pid": pid, "uid": uid, "gid": gid}
