@@ -71,7 +71,7 @@ static struct place before(const struct iova_map *map, const struct path *path)
     return (struct place){NULL, 0};
 }
 
-/* The mapping behind the path's place, the first that begins after the iova looked for, if it begins at or before limit. */
+/* The mapping behind the path's place, the first to begin after the iova looked for, if it does so up to limit. */
 static struct place behind(const struct iova_map *map, const struct path *path, uint64_t limit)
 {
     struct iova_node *node = path->node[0];
@@ -276,7 +276,8 @@ int iova_map_insert(struct iova_map *map, const struct iova_mapping *mapping)
     }
     descend(map, mapping->first, &path);
     struct place left = before(map, &path);
-    if ((left.leaf && iova_leaf_last(left.leaf, left.slot) >= mapping->first) || behind(map, &path, mapping->last).leaf) {
+    struct place right = behind(map, &path, mapping->last);
+    if (right.leaf || (left.leaf && iova_leaf_last(left.leaf, left.slot) >= mapping->first)) {
         return -EEXIST;
     }
     if (path.node[0]->count < LEAF_MAX) {
