@@ -3,8 +3,6 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,9 +17,8 @@ struct viommu_engine {
     struct guest_memory *memory;
     struct dirty_log log;
     bool logging;
-    void *inflight_map;        /* NULL: none */
-    size_t inflight_map_size;
-    uint8_t *inflight;
+    struct shared_map inflight_map;
+    uint8_t *inflight;         /* NULL: none */
     uint32_t inflight_queues;
     uint32_t inflight_queue_size;
     struct viommu_stats stats; /* the worker's */
@@ -95,14 +92,6 @@ static void close_ring(struct viommu_ring *ring)
     }
 }
 
-static void unmap_inflight(struct viommu_engine *engine)
-{
-    if (engine->inflight_map != NULL)
-        (void)munmap(engine->inflight_map, engine->inflight_map_size);
-    engine->inflight_map = NULL;
-    engine->inflight = NULL;
-}
-
 void viommu_engine_free(struct viommu_engine *engine)
 {
     if (engine == NULL)
@@ -118,7 +107,7 @@ void viommu_engine_free(struct viommu_engine *engine)
     guest_memory_guard(NULL);
     guest_memory_free(engine->memory);
     dirty_log_unmap(&engine->log);
-    unmap_inflight(engine);
+    shared_map_close(&engine->inflight_map);
     free(engine);
 }
 
@@ -192,7 +181,7 @@ int viommu_engine_set_log(struct viommu_engine *engine, int fd, uint64_t size, u
         return rc;
     worker_park(&engine->worker);
     engine->log = log;
-    engine->memory->log = engine->logging && log.map != NULL ? &engine->log : NULL;
+    engine->memory->log = engine->logging && log.map.start != NULL ? &engine->log : NULL;
     worker_unpark(&engine->worker);
     dirty_log_unmap(&before);
     return 0;
@@ -202,7 +191,7 @@ void viommu_engine_set_logging(struct viommu_engine *engine, bool on)
 {
     worker_park(&engine->worker);
     engine->logging = on;
-    engine->memory->log = on && engine->log.map != NULL ? &engine->log : NULL;
+    engine->memory->log = on && engine->log.map.start != NULL ? &engine->log : NULL;
     worker_unpark(&engine->worker);
 }
 
@@ -364,7 +353,8 @@ uint64_t viommu_inflight_size(uint32_t queues, uint32_t queue_size)
 int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t size, uint64_t offset, uint32_t queues,
                                uint32_t queue_size)
 {
-    struct dirty_log map = {0}; /* any shared piece of a file */
+    struct shared_map map = {0};
+    uint8_t *region = NULL;
     int rc;
 
     for (uint32_t i = 0; i < VIOMMU_QUEUES; i++) {
@@ -375,14 +365,13 @@ int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t si
         if (queues > VIOMMU_QUEUES || queue_size > VIOMMU_MAX_QUEUE_SIZE ||
             size < viommu_inflight_size(queues, queue_size))
             return -EINVAL;
-        rc = dirty_log_map(fd, size, offset, &map);
+        rc = shared_map_open(fd, size, offset, &map, &region);
         if (rc != 0)
             return rc;
     }
-    unmap_inflight(engine);
-    engine->inflight_map = map.map;
-    engine->inflight_map_size = map.map_size;
-    engine->inflight = (uint8_t *)map.bitmap;
+    shared_map_close(&engine->inflight_map);
+    engine->inflight_map = map;
+    engine->inflight = region;
     engine->inflight_queues = queues;
     engine->inflight_queue_size = queue_size;
     return 0;

@@ -12,17 +12,14 @@
 
 #include "viommu.h"
 
-/* Map [offset, offset + size) of a file; the mapping begins at a page boundary and *at points to offset. */
-static int map_file(int fd, uint64_t size, uint64_t offset, void **map, size_t *map_size, uint8_t **at)
+int shared_map_open(int fd, uint64_t size, uint64_t offset, struct shared_map *out, uint8_t **at)
 {
     uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    uint64_t slack = offset & (page - 1);
-    uint64_t length, end;
+    uint64_t start, end;
     struct stat st;
+    void *map;
 
-    if (size == 0 || __builtin_add_overflow(offset, size, &end) || __builtin_add_overflow(size, slack, &length))
-        return -EINVAL;
-    if (length > SIZE_MAX / 2 || end > INT64_MAX)
+    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
         return -EINVAL;
     if (fstat(fd, &st) != 0)
         return -errno;
@@ -30,18 +27,27 @@ static int map_file(int fd, uint64_t size, uint64_t offset, void **map, size_t *
         return -EBADF;
     if ((uint64_t)st.st_size < end)
         return -ENXIO;
-    /* hugetlbfs wants offsets aligned to its own page size: start at the file's block size boundary then. */
-    if (st.st_blksize > (long)page && (offset & ((uint64_t)st.st_blksize - 1)) != 0) {
-        slack = offset & ((uint64_t)st.st_blksize - 1);
-        length = size + slack;
-    }
-    *map = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)(offset - slack));
-    if (*map == MAP_FAILED)
+    /* hugetlbfs maps and unmaps whole pages of its own only; that size is the file's block size there. */
+    if ((uint64_t)st.st_blksize > page && (st.st_blksize & (st.st_blksize - 1)) == 0)
+        page = (uint64_t)st.st_blksize;
+    start = offset & ~(page - 1);
+    end = (end + (page - 1)) & ~(page - 1);
+    if (end - start > SIZE_MAX / 2)
+        return -EINVAL;
+    map = mmap(NULL, end - start, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
+    if (map == MAP_FAILED)
         return -errno;
-    (void)madvise(*map, length, MADV_DONTDUMP); /* a guest's memory has no place in our core dump */
-    *map_size = length;
-    *at = (uint8_t *)*map + slack;
+    (void)madvise(map, end - start, MADV_DONTDUMP); /* a guest's memory has no place in our core dump */
+    *out = (struct shared_map){map, end - start, page};
+    *at = (uint8_t *)map + (offset - start);
     return 0;
+}
+
+void shared_map_close(struct shared_map *map)
+{
+    if (map->start != NULL)
+        (void)munmap(map->start, map->size);
+    *map = (struct shared_map){0};
 }
 
 int viommu_region_map(uint64_t gpa, uint64_t size, uint64_t user_addr, uint64_t offset, int fd,
@@ -57,13 +63,13 @@ int viommu_region_map(uint64_t gpa, uint64_t size, uint64_t user_addr, uint64_t 
     region = calloc(1, sizeof(*region));
     if (region == NULL)
         return -ENOMEM;
-    rc = map_file(fd, size, offset, &region->map, &region->map_size, &region->host);
+    rc = shared_map_open(fd, size, offset, &region->map, &region->host);
     if (rc != 0)
         goto fail;
     region->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     if (region->fd < 0) {
         rc = -errno;
-        (void)munmap(region->map, region->map_size);
+        shared_map_close(&region->map);
         goto fail;
     }
     region->gpa = gpa;
@@ -82,7 +88,7 @@ void viommu_region_free(struct viommu_region *region)
 {
     if (region == NULL || --region->refs != 0)
         return;
-    (void)munmap(region->map, region->map_size);
+    shared_map_close(&region->map);
     (void)close(region->fd);
     free(region);
 }
@@ -257,7 +263,7 @@ void guest_memory_dirty(const struct guest_memory *memory, uint64_t gpa, uint64_
 int dirty_log_map(int fd, uint64_t size, uint64_t offset, struct dirty_log *out)
 {
     uint8_t *at;
-    int rc = map_file(fd, size, offset, &out->map, &out->map_size, &at);
+    int rc = shared_map_open(fd, size, offset, &out->map, &at);
 
     if (rc != 0)
         return rc;
@@ -268,8 +274,7 @@ int dirty_log_map(int fd, uint64_t size, uint64_t offset, struct dirty_log *out)
 
 void dirty_log_unmap(struct dirty_log *log)
 {
-    if (log->map != NULL)
-        (void)munmap(log->map, log->map_size);
+    shared_map_close(&log->map);
     memset(log, 0, sizeof(*log));
 }
 
@@ -281,15 +286,14 @@ static _Thread_local struct guest_memory *volatile guarded;
 static struct sigaction previous;
 static pthread_once_t installed = PTHREAD_ONCE_INIT;
 
-static bool replace_page(uintptr_t address, void *map, size_t size)
+static bool replace_page(uintptr_t address, const struct shared_map *map)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t start = (uintptr_t)map, end = start + size;
+    uintptr_t start = (uintptr_t)map->start, end = start + map->size;
 
     if (address < start || address >= end)
         return false;
-    /* From the fault to the end: one system call for a file cut short, and hugetlbfs pages cannot be split. */
-    start = address & ~(page - 1);
+    /* From the fault to the end: one system call for a file cut short. Pages of hugetlbfs cannot be split. */
+    start += (address - start) & ~(uintptr_t)(map->page - 1);
     return mmap((void *)start, end - start, PROT_READ | PROT_WRITE,
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
 }
@@ -301,12 +305,12 @@ static void on_sigbus(int number, siginfo_t *info, void *context)
 
     if (memory != NULL && info->si_code > 0) {
         for (size_t i = 0; i < memory->count; i++) {
-            if (replace_page(address, memory->regions[i]->map, memory->regions[i]->map_size)) {
+            if (replace_page(address, &memory->regions[i]->map)) {
                 atomic_store_explicit(&memory->shrunk, true, memory_order_relaxed);
                 return;
             }
         }
-        if (memory->log != NULL && replace_page(address, memory->log->map, memory->log->map_size)) {
+        if (memory->log != NULL && replace_page(address, &memory->log->map)) {
             atomic_store_explicit(&memory->shrunk, true, memory_order_relaxed);
             return;
         }

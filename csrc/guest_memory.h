@@ -15,13 +15,19 @@
 
 #define GUEST_PAGE_SHIFT 12 /* the unit of the dirty log (vhost-user: VHOST_LOG_PAGE) */
 
+/* A mapped piece of a file that others have as well, and may shrink under us. */
+struct shared_map {
+    void *start;         /* NULL: none */
+    size_t size;
+    size_t page;         /* what the file can be mapped and cut in: more than a page of memory on hugetlbfs */
+};
+
 struct viommu_region {
     uint64_t gpa;
     uint64_t last;       /* guest-physical, inclusive */
     uint64_t user_addr;  /* the same memory in the front-end's address space */
     uint8_t *host;       /* our mapping of gpa */
-    void *map;           /* what was mapped: host is inside it */
-    size_t map_size;
+    struct shared_map map; /* what was mapped: host is inside it */
     uint64_t fd_offset;  /* where gpa is in the file */
     int fd;              /* ours */
     unsigned refs;       /* control plane only */
@@ -30,8 +36,7 @@ struct viommu_region {
 struct dirty_log {
     _Atomic uint8_t *bitmap;
     uint64_t pages;      /* bits */
-    void *map;
-    size_t map_size;
+    struct shared_map map;
 };
 
 struct guest_memory {
@@ -40,6 +45,10 @@ struct guest_memory {
     atomic_bool shrunk;                /* a file shrank under a mapping; seen by the SIGBUS guard */
     struct viommu_region *regions[];   /* by gpa, never overlapping */
 };
+
+/* Map [offset, offset + size) of a file; *at is where offset is. 0 or -errno. Closing what is not open is allowed. */
+int shared_map_open(int fd, uint64_t size, uint64_t offset, struct shared_map *out, uint8_t **at);
+void shared_map_close(struct shared_map *map);
 
 /* A snapshot of count regions, a reference taken on each. -EINVAL when two overlap, -ENOMEM. */
 int guest_memory_new(struct viommu_region *const *regions, size_t count, struct guest_memory **out);
