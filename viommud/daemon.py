@@ -8,6 +8,7 @@ config.bypass is again what the user set (a connection's life is what a back-end
 from __future__ import annotations
 
 import errno
+import select
 import signal
 import socket
 import struct
@@ -40,6 +41,7 @@ LEFT_OUT_PAUSE = 5.0
 ACCEPT_PAUSE = 0.2
 """Seconds to wait when a connection cannot be accepted for lack of something."""
 
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_OK = 0
 EXIT_CONNECTION_BROKEN = 1
 
@@ -50,6 +52,8 @@ def run_daemon(options: Options, setup: DeviceSetup) -> int:
     :raises UsageError: the socket or the engine cannot be had.
     """
     log = configure(options.log_level, options.log_format)
+    # From here on a signal is an orderly end; until the daemon can take it, it waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     engine = make_engine(setup)
     try:
         vhost_socket = acquire(options)
@@ -89,17 +93,22 @@ class Daemon:
     log: FilteringBoundLogger
     keep_listening: bool = False
     _limiter: RateLimiter = field(default_factory=RateLimiter)
+    _successor: trio.socket.SocketType | None = None
+    """A front-end that came when the one before had just gone."""
 
     async def run(self, engine: Engine) -> int:
         """Serve with this engine first, which is closed in any case; returns the exit status."""
         status = EXIT_OK
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(*END_SIGNALS) as signals:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
                 try:
                     status = await self._serve(engine)
                 finally:
                     notify("STOPPING=1")
+                    if self._successor is not None:
+                        self._successor.close()
                 nursery.cancel_scope.cancel()
         self.log.info("stopped")
         return status
@@ -120,12 +129,12 @@ class Daemon:
         notify("READY=1", "STATUS=waiting for a front-end")
         while True:
             try:
-                connection = await self._accept(listener)
+                connection = await self._next_front_end(listener)
             except BaseException:
                 engine.close()
                 raise
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._refuse_others, listener)
+                nursery.start_soon(self._refuse_others, listener, connection)
                 notify("STATUS=serving a front-end")
                 status = await self._serve_connection(connection, engine)
                 nursery.cancel_scope.cancel()
@@ -145,6 +154,10 @@ class Daemon:
         )
         self.log.info("state-only", hint="keeps state only, translates for no device")
 
+    async def _next_front_end(self, listener: trio.socket.SocketType) -> trio.socket.SocketType:
+        successor, self._successor = self._successor, None
+        return successor or await self._accept(listener)
+
     async def _accept(self, listener: trio.socket.SocketType) -> trio.socket.SocketType:
         while True:
             try:
@@ -159,11 +172,16 @@ class Daemon:
             else:
                 return connection
 
-    async def _refuse_others(self, listener: trio.socket.SocketType) -> None:
+    async def _refuse_others(self, listener: trio.socket.SocketType, served: trio.socket.SocketType) -> None:
         """A VM has one IOMMU here: whoever connects while it is served is turned away."""
         while True:
-            with await self._accept(listener) as other:
-                self._limited("warning", "second-client-refused", **_peer(other))
+            other = await self._accept(listener)
+            if self.keep_listening and _hung_up(served):
+                # The one that is served has gone, only its session has not noticed yet.
+                self._successor = other
+                return
+            self._limited("warning", "second-client-refused", **_peer(other))
+            other.close()
 
     def _limited(self, level: str, event: str, **fields: object) -> None:
         extra = self._limiter.admit(event)
@@ -231,6 +249,15 @@ async def _watch_records(engine: Engine, reporter: Reporter) -> None:
             reporter.drain()
         reporter.tell_left_out()
         await trio.sleep(DRAIN_PAUSE)
+
+
+def _hung_up(sock: trio.socket.SocketType) -> bool:
+    """Has the other end closed the connection, whether or not its last bytes have been read?"""
+    if sock.fileno() < 0:
+        return True
+    poller = select.poll()
+    poller.register(sock.fileno(), select.POLLHUP)
+    return bool(poller.poll(0))
 
 
 def _peer(sock: trio.socket.SocketType) -> dict[str, int]:

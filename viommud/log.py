@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 import structlog
-from structlog.typing import FilteringBoundLogger, Processor
+from structlog.typing import EventDict, FilteringBoundLogger, Processor
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -60,7 +60,12 @@ def processors(*, console: bool, colors: bool = False) -> list[Processor]:
     ]
     if console:
         return [*common, structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=24, sort_keys=False)]
-    return [*common, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    return [*common, structlog.processors.format_exc_info, _first_things_first, structlog.processors.JSONRenderer()]
+
+
+def _first_things_first(_logger: Any, _method: str, line: EventDict) -> EventDict:
+    """When, how bad and what before everything else, for those who read JSON with their eyes."""
+    return {key: line.pop(key) for key in ("timestamp", "level", "event") if key in line} | dict(line)
 
 
 class RateLimiter:

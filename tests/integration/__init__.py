@@ -1,0 +1,1 @@
+"""The daemon over its real socket, with a front-end of the project's own."""
