@@ -84,6 +84,8 @@ struct driver {
     uint16_t written; /* requests, free-running: written, */
     uint16_t offered; /* made available, */
     uint16_t done;    /* and taken back */
+    uint16_t free_chain[CHAINS]; /* a stack: the chain that came back last is used first, as Linux does */
+    unsigned free_chains;
 };
 
 static void fail_if(bool condition, const char *what)
@@ -97,10 +99,10 @@ static void fail_if(bool condition, const char *what)
 /* The next free chain, to be filled in with a request of this length. */
 static struct request *next_request(struct driver *driver, uint8_t type, uint32_t length)
 {
-    uint16_t chain = driver->written % CHAINS;
+    fail_if(driver->free_chains == 0, "the ring is full");
+    uint16_t chain = driver->free_chain[--driver->free_chains];
     struct request *request = &driver->guest->buffer[chain].out;
 
-    fail_if((uint16_t)(driver->written - driver->done) >= CHAINS, "the ring is full");
     driver->guest->desc[2 * chain].length = htole32(length);
     driver->guest->avail.ring[driver->written % RING_SIZE] = htole16((uint16_t)(2 * chain));
     driver->guest->buffer[chain].tail[0] = 0xff;
@@ -129,7 +131,9 @@ static void make_ring(struct driver *driver)
         uint64_t tail = (uint64_t)((char *)guest->buffer[i].tail - (char *)guest);
         guest->desc[2 * i] = (struct descriptor){htole64(out), 0, htole16(DESC_NEXT), htole16((uint16_t)(2 * i + 1))};
         guest->desc[2 * i + 1] = (struct descriptor){htole64(tail), htole32(4), htole16(DESC_WRITE), 0};
+        driver->free_chain[i] = i;
     }
+    driver->free_chains = CHAINS;
     fail_if(viommu_queue_start(driver->engine, VIOMMU_REQUESTQ, &ring) != 0, "the request queue does not start");
 }
 
@@ -250,7 +254,9 @@ void driver_collect(struct driver *driver)
     uint16_t used = le16toh(__atomic_load_n(&guest->used.index, __ATOMIC_ACQUIRE));
 
     for (; driver->done != used; driver->done++) {
-        uint32_t head = le32toh(guest->used.ring[driver->done % RING_SIZE].id);
-        fail_if(guest->buffer[head / 2 % CHAINS].tail[0] != STATUS_OK, "a request failed");
+        uint32_t chain = le32toh(guest->used.ring[driver->done % RING_SIZE].id) / 2;
+        fail_if(chain >= CHAINS || driver->free_chains == CHAINS, "an answer to nothing");
+        fail_if(guest->buffer[chain].tail[0] != STATUS_OK, "a request failed");
+        driver->free_chain[driver->free_chains++] = (uint16_t)chain;
     }
 }
