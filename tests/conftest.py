@@ -30,12 +30,16 @@ def open_descriptors() -> dict[int, str]:
 @pytest.fixture(autouse=True)
 def no_descriptor_leak() -> Iterator[None]:
     """Fail a test that leaves more descriptors open than it found."""
-    gc.collect()
     before = open_descriptors()
     yield
-    gc.collect()
-    leaked = {fd: what for fd, what in open_descriptors().items() if before.get(fd) != what}
+    if _added(before):
+        gc.collect()  # a reference cycle may hold an object that closes its descriptor
+    leaked = _added(before)
     assert not leaked, f"descriptors left open: {leaked}"
+
+
+def _added(before: dict[int, str]) -> dict[int, str]:
+    return {fd: what for fd, what in open_descriptors().items() if before.get(fd) != what}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

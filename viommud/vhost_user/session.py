@@ -327,7 +327,9 @@ class Session:
         return self.negotiated(ProtocolFeature.GPA_ADDRESSES)
 
     def _replace_memory(self, memory: MemorySnapshot) -> None:
-        dropped = [mapped for mapped in self._memory.mapped if mapped not in memory.mapped]
+        # By identity: SET_MEM_TABLE may describe the same region again, mapped a second time.
+        kept = {id(mapped) for mapped in memory.mapped}
+        dropped = [mapped for mapped in self._memory.mapped if id(mapped) not in kept]
         self._device.set_memory(memory.mapped)
         self._memory = memory
         for mapped in dropped:
