@@ -41,7 +41,7 @@ class SplitFormat(RingFormat):
         """A power of two: indices wrap at 65536 and are reduced modulo the size."""
         return None if size > 0 and size & (size - 1) == 0 else "it is not a power of two"
 
-    def check_base(self, base: int, size: int) -> str | None:  # noqa: ARG002 - any index, whatever the size
+    def check_base(self, base: int, size: int) -> str | None:
         """A free-running 16-bit index."""
         return None if base <= 0xFFFF else "it has more than 16 bits"
 

@@ -1,4 +1,4 @@
-"""The vhost-user session: everything that decides what a message means now.
+"""The vhost-user session: everything that decides what a message means now (with `rings`, for those that run rings).
 
 One object per connection, without a socket: requests in, responses out, and calls to the device behind it.  A request
 is syntactically right when it arrives here.  What cannot be granted is refused and leaves nothing behind that takes
@@ -33,7 +33,7 @@ from viommud.vhost_user.fds import (
     require_eventfd,
     require_memory,
 )
-from viommud.vhost_user.features import F_RING_PACKED, OFFERED_PROTOCOL_MASK, VHOST_USER_BITS
+from viommud.vhost_user.features import OFFERED_PROTOCOL_MASK, VHOST_USER_BITS
 from viommud.vhost_user.memory import MemorySnapshot, check_apart, checked_region, describe
 from viommud.vhost_user.messages import GRANTED, REFUSED, FrontendRequest, ProtocolFeature, RequestType
 from viommud.vhost_user.payloads import (
@@ -52,19 +52,12 @@ from viommud.vhost_user.payloads import (
     VringFd,
     VringState,
 )
-from viommud.vhost_user.restart import StoppedRing, Verdict, judge
-from viommud.vhost_user.ring import PACKED, SPLIT, Ring, RingFormat
+from viommud.vhost_user.restart import Verdict
+from viommud.vhost_user.ring import Ring
+from viommud.vhost_user.rings import Environment, Rings, worth_a_line
 
 STATUS_NEEDS_RESET = 0x40
 STATUS_MASK = 0xFF
-REPEATS_LOGGED = 8
-"""How often an event that a guest or front-end can repeat at will gets a line each time."""
-
-
-_RESTART_LINES = {
-    Verdict.RESET: "guest driver starts anew: device reset",
-    Verdict.RESUME: "guest driver continues",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +99,10 @@ class Session:
         self._protocol_features = 0
         self._status = 0
         self._memory = MemorySnapshot()
-        self._rings = [Ring(index) for index in range(device.num_queues)]
-        self._features_of_run = 0
-        self._config_read_while_stopped = False
+        self._rings = Rings(device, log)
         self._backend_channel: OwnedFd | None = None
         self.refused: Counter[str] = Counter()
         """Refused requests by name."""
-        self.restarts: Counter[Verdict] = Counter()
-        """How often the guest's driver ran its rings again, continuing or anew."""
 
     @property
     def features(self) -> int:
@@ -128,7 +117,12 @@ class Session:
     @property
     def running(self) -> bool:
         """Does the device run any ring?"""
-        return any(ring.running for ring in self._rings)
+        return self._rings.running
+
+    @property
+    def restarts(self) -> Mapping[Verdict, int]:
+        """How often the guest's driver ran its rings again, continuing or anew."""
+        return self._rings.restarts
 
     def negotiated(self, feature: ProtocolFeature) -> bool:
         """Have both sides agreed on a protocol feature?"""
@@ -180,7 +174,7 @@ class Session:
             if self._features & 1 << F_LOG_ALL:
                 stack.callback(self._device.set_logging, False)
             for ring in self._rings:
-                stack.callback(self._stop, ring)
+                stack.callback(self._rings.stop, ring)
 
     # Answers and refusals
 
@@ -195,7 +189,7 @@ class Session:
     def _note_refusal(self, kind: RequestType, refusal: Refused) -> None:
         self.refused[kind.name] += 1
         count = self.refused[kind.name]
-        if _worth_a_line(count):
+        if worth_a_line(count):
             context = {"hint": refusal.hint} if refusal.hint else {}
             self._log.warning(
                 "vhost-user request refused", request=kind.name, reason=str(refusal), count=count, **context
@@ -245,9 +239,7 @@ class Session:
     def _reset_owner(self, _payload: Empty, _fds: Fds) -> None:
         # Deprecated; vhost-user.rst allows to disable the rings and advises against more.
         self._owned = False
-        for ring in self._rings:
-            ring.enabled = False
-            self._stop(ring)
+        self._rings.disable()
 
     def _get_queue_num(self, _payload: Empty, _fds: Fds) -> Response:
         return _reply(U64(self._device.num_queues))
@@ -272,15 +264,12 @@ class Session:
             return
         # QEMU also writes 0 when it has stopped the rings of a guest that is only paused (vhost_dev_stop()); then the
         # bases decide when the rings run again, as after any stop.
-        if self.running or not any(ring.returned is not None for ring in self._rings):
+        if not self._rings.suspended:
             self._reset_device(Empty(), ())
 
     def _reset_device(self, _payload: Empty, _fds: Fds) -> None:
-        for ring in self._rings:
-            self._stop(ring)
-            ring.forget()
+        self._rings.forget()
         self._status = 0
-        self._config_read_while_stopped = False
         self._device.reset()
         self._log.debug("device reset by the front-end")
 
@@ -337,23 +326,15 @@ class Session:
 
     # Rings
 
-    def _ring(self, index: int) -> Ring:
-        if index >= len(self._rings):
-            raise Refused(f"ring {index} does not exist, there are {len(self._rings)}")
-        return self._rings[index]
-
-    def _stopped_ring(self, index: int) -> Ring:
-        ring = self._ring(index)
-        if ring.running:
-            raise Refused(f"ring {index} runs; GET_VRING_BASE stops it")
-        return ring
-
     @property
-    def _format(self) -> RingFormat:
-        return PACKED if self._features & 1 << F_RING_PACKED else SPLIT
+    def _environment(self) -> Environment:
+        return Environment(self._features, self._memory, self._addresses_are_gpa)
+
+    def _run_if_complete(self, ring: Ring) -> None:
+        self._rings.run_if_complete(ring, self._environment)
 
     def _set_vring_num(self, payload: VringState, _fds: Fds) -> None:
-        ring = self._stopped_ring(payload.index)
+        ring = self._rings.stopped(payload.index)
         # A refused size must not leave an older one behind that disagrees with the driver's.
         ring.size = None
         if not 0 < payload.num <= self._device.max_queue_size:
@@ -366,13 +347,13 @@ class Session:
             raise
 
     def _set_vring_addr(self, payload: VringAddr, _fds: Fds) -> None:
-        ring = self._ring(payload.index)
+        ring = self._rings[payload.index]
         before = ring.addr
         ring.addr = payload
         if ring.running and before is not None and _same_place(before, payload):
             self._device.set_queue_log(ring.index, ring.log_addr)
             return
-        self._stop(ring)
+        self._rings.stop(ring)
         try:
             self._run_if_complete(ring)
         except Refused:
@@ -380,26 +361,26 @@ class Session:
             raise
 
     def _set_vring_base(self, payload: VringState, _fds: Fds) -> None:
-        ring = self._stopped_ring(payload.index)
+        ring = self._rings.stopped(payload.index)
         ring.base = payload.num
         ring.base_is_new = True
 
     def _get_vring_base(self, payload: VringState, _fds: Fds) -> Response:
-        ring = self._ring(payload.index)
-        self._stop(ring)
+        ring = self._rings[payload.index]
+        self._rings.stop(ring)
         ring.drop_kick()
-        base = self._format.initial_base if ring.base is None else ring.base
+        base = self._environment.format.initial_base if ring.base is None else ring.base
         if ring.has_run:
             ring.returned = base
             ring.base_is_new = False
         return _reply(VringState(ring.index, base))
 
     def _set_vring_kick(self, payload: VringFd, fds: Fds) -> None:
-        ring = self._ring(payload.index)
+        ring = self._rings[payload.index]
         if payload.no_fd:
             raise Refused(f"ring {ring.index}: polling instead of a kick eventfd is not supported")
         require_eventfd(fds[0], "kick")
-        self._stop(ring)
+        self._rings.stop(ring)
         ring.drop_kick()
         ring.kick = fds[0].move()
         try:
@@ -409,13 +390,13 @@ class Session:
             raise
 
     def _set_vring_call(self, payload: VringFd, fds: Fds) -> None:
-        ring = self._ring(payload.index)
+        ring = self._rings[payload.index]
         ring.call = replace_eventfd(ring.call, fds, "call")
         if ring.running:
             self._device.set_call(ring.index, ring.call.fileno() if ring.call else None)
 
     def _set_vring_err(self, payload: VringFd, fds: Fds) -> None:
-        ring = self._ring(payload.index)
+        ring = self._rings[payload.index]
         ring.err = replace_eventfd(ring.err, fds, "error")
         if ring.running:
             self._device.set_err(ring.index, ring.err.fileno() if ring.err else None)
@@ -423,22 +404,19 @@ class Session:
     def _set_vring_enable(self, payload: VringState, _fds: Fds) -> None:
         if not self._features & 1 << F_PROTOCOL_FEATURES:
             raise Refused("feature PROTOCOL_FEATURES is not acknowledged: rings are enabled from the start")
-        ring = self._ring(payload.index)
+        ring = self._rings[payload.index]
         if payload.num > 1:
             raise Refused(f"ring {ring.index}: enable is 0 or 1, not {payload.num}")
         ring.enabled = bool(payload.num)
         if not ring.enabled:
             # A request of this device has no effect to be suppressed other than its own: it waits in the ring.
-            self._stop(ring)
+            self._rings.stop(ring)
             return
         try:
             self._run_if_complete(ring)
         except Refused:
             ring.enabled = False
             raise
-
-    def _is_enabled(self, ring: Ring) -> bool:
-        return ring.enabled or not self._features & 1 << F_PROTOCOL_FEATURES
 
     def _run_complete_rings(self) -> None:
         """Feature PROTOCOL_FEATURES may have gone, and with it the need to enable a ring."""
@@ -449,88 +427,11 @@ class Session:
                 ring.drop_kick()
                 raise
 
-    def _run_if_complete(self, ring: Ring) -> None:
-        """Run a ring as soon as it has every piece and is enabled.
-
-        :raises Refused: it cannot run.  The caller takes back the piece that it just set, so that no ring is ever
-            complete, enabled and stopped.
-        """
-        if ring.running or not ring.complete or not self._is_enabled(ring):
-            return
-        setup = ring.setup(
-            self._format,
-            self._memory,
-            max_size=self._device.max_queue_size,
-            addresses_are_gpa=self._addresses_are_gpa,
-        )
-        self._settle_restart(ring)
-        self._device.start_queue(ring.index, setup)
-        ring.running = ring.has_run = True
-        for known in self._rings:
-            known.returned = None
-        self._log.debug("ring runs", ring=ring.index, size=setup.size, base=setup.base)
-
-    def _stop(self, ring: Ring) -> None:
-        if ring.running:
-            ring.base = self._device.stop_queue(ring.index)
-            ring.running = False
-            self._log.debug("ring stopped", ring=ring.index, base=ring.base)
-
-    def _settle_restart(self, starting: Ring) -> None:
-        """Before the first ring runs again: continue, or reset the device?"""
-        if self.running:
-            return
-        driver_features = self._features & ~VHOST_USER_BITS
-        verdict, reason = self._judge_restart(starting, driver_features)
-        if verdict is Verdict.RESET:
-            self._device.reset()
-            for ring in self._rings:
-                ring.forget_history()
-        if reason:
-            self.restarts[verdict] += 1
-            if _worth_a_line(self.restarts[verdict]):
-                self._log.info(_RESTART_LINES[verdict], reason=reason, count=self.restarts[verdict])
-        self._config_read_while_stopped = False
-        self._features_of_run = driver_features
-
-    def _judge_restart(self, starting: Ring, driver_features: int) -> tuple[Verdict, str]:
-        if not any(ring.has_run for ring in self._rings):
-            return Verdict.RESUME, ""
-        if driver_features != self._features_of_run:
-            return Verdict.RESET, "other features are negotiated"
-        # Without PROTOCOL_FEATURES a ring runs before the front-end has spoken of the next one.
-        known = [ring for ring in self._rings if ring.returned is not None and (ring.base_is_new or ring is starting)]
-        if not known:
-            return Verdict.RESUME, ""
-        initial = self._format.initial_base
-        return judge(
-            (self._stopped(ring, initial) for ring in known),
-            initial,
-            config_was_read=self._config_read_while_stopped,
-        )
-
-    def _stopped(self, ring: Ring, initial: int) -> StoppedRing:
-        def looks_used() -> bool:
-            try:
-                setup = ring.setup(
-                    self._format,
-                    self._memory,
-                    max_size=self._device.max_queue_size,
-                    addresses_are_gpa=self._addresses_are_gpa,
-                )
-            except Refused:
-                return False
-            return self._device.ring_looks_used(ring.index, setup)
-
-        assert ring.returned is not None
-        return StoppedRing(ring.returned, initial if ring.base is None else ring.base, looks_used)
-
     # Configuration space
 
     def _get_config(self, payload: Config, _fds: Fds) -> Response:
         self._check_config_range(payload)
-        if not self.running and any(ring.returned is not None for ring in self._rings):
-            self._config_read_while_stopped = True
+        self._rings.config_was_read()
         data = self._device.config_read(payload.offset, len(payload.data))
         return _reply(Config(payload.offset, payload.flags, data))
 
@@ -608,11 +509,6 @@ def _own_refusal(request: Request, refusal: Refused) -> Response:
     if isinstance(payload, Inflight) and isinstance(request.payload, Inflight):
         payload = replace(payload, padded=request.payload.padded)
     return _reply(payload)
-
-
-def _worth_a_line(count: int) -> bool:
-    """Log the first few of a kind, then the 16th, the 32nd, ...: a peer cannot flood the log, and nothing is hidden."""
-    return count <= REPEATS_LOGGED or count & (count - 1) == 0
 
 
 def _same_place(one: VringAddr, other: VringAddr) -> bool:
