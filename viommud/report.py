@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 from structlog.typing import FilteringBoundLogger
 
 from viommud.endpoint_id import show
-from viommud.engine import REQUEST_NAMES, STATUS_NAMES, Broken, Engine, Record, RecordKind
+from viommud.engine import REQUEST_NAMES, STATUS_NAMES, Broken, Record, RecordKind, Stats
 from viommud.log import RateLimiter
-from viommud.settings import Feature
+from viommud.settings import Feature, Settings
 
 QUEUES = ("request", "event")
 FAULT_REASONS = ("unknown", "domain", "mapping")
@@ -42,11 +43,23 @@ _REQUEST_FIELDS = {
 }
 
 
+class Source(Protocol):
+    """What a reporter needs of an engine."""
+
+    settings: Settings
+
+    def take_records(self, limit: int = ...) -> tuple[list[Record], int]:
+        """Records that wait, and how many were lost."""
+
+    def stats(self) -> Stats:
+        """Counters."""
+
+
 class Reporter:
     """Turns one session's records into log lines, and keeps what its summary tells."""
 
     def __init__(
-        self, engine: Engine, log: FilteringBoundLogger, *, clock: Callable[[], float] = time.monotonic
+        self, engine: Source, log: FilteringBoundLogger, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
         self._log = log

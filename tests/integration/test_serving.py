@@ -200,9 +200,7 @@ def test_memory_that_is_not_shared(daemon: Daemon) -> None:
     """QEMU without share=on sends no memory at all: the ring is refused, and the log says what is missing."""
     with GuestMemory() as memory, daemon.connect() as client:
         client.negotiate()
-        ring_addresses = wire.vring_addr(
-            0, memory.rams[0].gpa, memory.rams[0].gpa + 0x2000, memory.rams[0].gpa + 0x1000
-        )
+        base = memory.rams[0].gpa
         client.do(wire.SET_VRING_NUM, wire.vring_state(0, 64))
         client.do(wire.SET_VRING_BASE, wire.vring_state(0, 0))
         client.do(wire.SET_VRING_ADDR, wire.vring_addr(0, base, base + 0x2000, base + 0x1000))
