@@ -1,0 +1,1 @@
+"""The vfio-user devices of the tests, tested themselves."""
