@@ -233,7 +233,8 @@ void *guest_memory_span(const struct guest_memory *memory, uint64_t addr, uint64
 
     if (length == 0 || __builtin_add_overflow(addr, length - 1, &last))
         return NULL;
-    for (size_t i = 0; i < memory->count; i++) { /* only when a ring starts: a linear look is enough */
+    /* By guest address it is a search; by user address, only when a ring starts, a linear look is enough. */
+    for (size_t i = gpa ? region_from(memory, addr) : 0; i < memory->count; i++) {
         const struct viommu_region *region = memory->regions[i];
         uint64_t first = gpa ? region->gpa : region->user_addr;
         uint64_t end = first + (region->last - region->gpa);
@@ -243,6 +244,8 @@ void *guest_memory_span(const struct guest_memory *memory, uint64_t addr, uint64
                 *out = region;
             return region->host + (addr - first);
         }
+        if (gpa)
+            break;
     }
     return NULL;
 }

@@ -117,6 +117,8 @@ static int take(struct virtqueue *vq, struct chain *chain)
 
         if (ahead == 0)
             return 0;
+        for (unsigned i = 0; i < sizeof(vq->likely) / sizeof(vq->likely[0]); i++)
+            __builtin_prefetch(vq->likely[i]);
         if (ahead > vq->size)
             return virtqueue_break(vq, VIOMMU_BROKEN_AVAIL);
         index = shared16_get(vq->driver + RING_HEAD + 2u * (vq->next_avail & (vq->size - 1)), __ATOMIC_RELAXED);
@@ -160,7 +162,13 @@ static void give(struct virtqueue *vq, const struct chain *chain, uint32_t lengt
     if (vq->inflight != NULL)
         inflight_split_give(vq->inflight, chain->id);
     vq->next_used++;
-    vq->pending++;
+    if (vq->pending++ == 0) {
+        vq->likely[0] = vq->desc + (size_t)chain->id * DESC_SIZE;
+        vq->likely[1] = guest_memory_span(vq->memory, chain->buffers[0].gpa, 1, true, NULL);
+        vq->likely[2] = chain->writable == 0 ? NULL
+                                             : guest_memory_span(vq->memory, chain->buffers[chain->readable].gpa, 1,
+                                                                 true, NULL);
+    }
 }
 
 static bool publish(struct virtqueue *vq)
