@@ -18,6 +18,10 @@ EXIT_USAGE = 2
 """A mistake of the user: an option, the configuration, or what they refer to."""
 
 
+COMMANDS = ("topology", "qemu-args")
+"""What the first word of the command line may be in place of the daemon's options."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors as one line: the usage text would bury it."""
 
@@ -46,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="viommud",
         description="A virtual machine's IOMMU from outside the machine monitor: virtio-iommu over vhost-user.",
+        epilog="Commands, each with a --help of its own: viommud topology, viommud qemu-args.",
         allow_abbrev=False,
     )
     socket = parser.add_argument_group("vhost-user socket (or passed by systemd in LISTEN_FDS)")
@@ -100,9 +105,22 @@ def parse(arguments: Sequence[str]) -> Options:
     return Options(**{name: getattr(parsed, name) for name in Options.__slots__})
 
 
+def _run_command(arguments: Sequence[str]) -> int:
+    """Carry out a command, which is no start of the daemon."""
+    from viommud.topology import commands
+
+    parser = _Parser(prog="viommud", allow_abbrev=False)
+    commands.add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    parsed = parser.parse_args(arguments)
+    status: int = parsed.command(parsed)
+    return status
+
+
 def run(arguments: Sequence[str]) -> int:
     """Do what the command line says; returns the exit status."""
     try:
+        if arguments and arguments[0] in COMMANDS:
+            return _run_command(arguments)
         options = parse(arguments)
         # Not earlier: a mistake in the options and --help are answered without them.
         from viommud import config

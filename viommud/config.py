@@ -14,6 +14,7 @@ import msgspec
 
 from viommud.errors import UsageError
 from viommud.schema import U64_MAX, convert
+from viommud.topology.section import TopologySection
 
 T = TypeVar("T")
 U32_MAX = (1 << 32) - 1
@@ -120,6 +121,7 @@ class Config(Section, frozen=True, kw_only=True):
     limits: Limits = Limits()
     worker: Worker = Worker()
     endpoint: tuple[Endpoint, ...] = ()
+    topology: TopologySection | None = None
 
 
 def parse(text: str) -> Config:
