@@ -265,7 +265,7 @@ void guest_memory_dirty(const struct guest_memory *memory, uint64_t gpa, uint64_
 
 int dirty_log_map(int fd, uint64_t size, uint64_t offset, struct dirty_log *out)
 {
-    uint8_t *at;
+    uint8_t *at = NULL;
     int rc = shared_map_open(fd, size, offset, &out->map, &at);
 
     if (rc != 0)
