@@ -81,6 +81,17 @@ def test_reset_is_decided_once(harness: Harness) -> None:
     assert harness.device.resets == 1
 
 
+def test_switching_rings_off_and_on_after_a_pause(harness: Harness) -> None:
+    """What GET_VRING_BASE returned before the pause is of no account any more."""
+    start_again(harness, *stop_after(harness, 100, 3))
+    harness.device.processed = {0: 150, 1: 4}
+    for value in (0, 1):
+        for index in (0, 1):
+            harness.grant(wire.SET_VRING_ENABLE, wire.vring_state(index, value))
+    assert harness.device.resets == 0
+    assert harness.device.running[0].base == 150
+
+
 def test_many_pauses_and_resets_in_turn(harness: Harness) -> None:
     """Each is judged by itself."""
     for round_ in range(1, 20):

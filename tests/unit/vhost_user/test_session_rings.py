@@ -165,6 +165,19 @@ def test_sizes_that_depend_on_the_ring_format(size: int) -> None:
         assert packed.device.running[0].size == size
 
 
+def test_a_size_that_is_refused_is_not_kept(harness: Harness) -> None:
+    """The ring is enabled and waits for its size only; after a wrong one it goes on waiting."""
+    harness.grant(wire.SET_VRING_ENABLE, wire.vring_state(0, 1))
+    harness.grant(wire.SET_VRING_ADDR, GOOD_ADDR)
+    with Eventfd() as kick:
+        harness.grant(wire.SET_VRING_KICK, wire.u64(0), [kick.fd])
+    assert "not a power of two" in harness.refuse(wire.SET_VRING_NUM, wire.vring_state(0, 3))
+    harness.grant(wire.SET_VRING_ADDR, GOOD_ADDR)
+    assert not harness.device.running
+    harness.grant(wire.SET_VRING_NUM, wire.vring_state(0, 4))
+    assert 0 in harness.device.running
+
+
 def test_bases() -> None:
     """Any 16-bit index for a split ring, two slots inside the ring for a packed one."""
     for features, size, good, bad in (
