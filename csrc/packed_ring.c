@@ -20,17 +20,21 @@
 
 int packed_ring_init(struct virtqueue *vq, const struct viommu_ring *ring)
 {
+    const struct viommu_region *desc_region, *device_region;
     uint32_t size = ring->size;
 
     if ((ring->desc & 15) != 0 || (ring->avail & 3) != 0 || (ring->used & 3) != 0)
         return -EINVAL;
-    vq->desc = guest_memory_span(vq->memory, ring->desc, (uint64_t)size * DESC_SIZE, ring->gpa, NULL);
+    vq->desc = guest_memory_span(vq->memory, ring->desc, (uint64_t)size * DESC_SIZE, ring->gpa, &desc_region);
     vq->driver = guest_memory_span(vq->memory, ring->avail, 4, ring->gpa, NULL);
-    vq->device = guest_memory_span(vq->memory, ring->used, 4, ring->gpa, NULL);
+    vq->device = guest_memory_span(vq->memory, ring->used, 4, ring->gpa, &device_region);
     if (vq->desc == NULL || vq->driver == NULL || vq->device == NULL)
         return -EFAULT;
     if (((uintptr_t)vq->desc & 1) != 0 || ((uintptr_t)vq->driver & 1) != 0 || ((uintptr_t)vq->device & 1) != 0)
         return -EINVAL;
+    /* ring->log_addr is an address for one area, made for the used ring of a split queue; here two are written. */
+    vq->desc_gpa = desc_region->gpa + (uint64_t)(vq->desc - desc_region->host);
+    vq->device_gpa = device_region->gpa + (uint64_t)(vq->device - device_region->host);
     vq->next_avail = (uint16_t)(ring->base & 0x7fff);
     vq->avail_wrap = (ring->base & WRAP) != 0;
     vq->next_used = (uint16_t)(ring->base >> 16 & 0x7fff);
@@ -139,8 +143,8 @@ static void give(struct virtqueue *vq, const struct chain *chain, uint32_t lengt
         vq->head_flags = flags;
     } else {
         shared16_put(slot + 14, flags, __ATOMIC_RELEASE);
+        virtqueue_log(vq, vq->desc_gpa, (uint64_t)vq->next_used * DESC_SIZE, DESC_SIZE);
     }
-    virtqueue_log(vq, (uint64_t)vq->next_used * DESC_SIZE, DESC_SIZE);
     vq->pending++;
     advance(vq, &vq->next_used, &vq->used_wrap, chain->slots);
 }
@@ -154,6 +158,7 @@ static bool publish(struct virtqueue *vq)
         return false;
     vq->pending = 0;
     shared16_put(slot_at(vq, vq->head_slot) + 14, vq->head_flags, __ATOMIC_RELEASE);
+    virtqueue_log(vq, vq->desc_gpa, (uint64_t)vq->head_slot * DESC_SIZE, DESC_SIZE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     vq->signalled = now;
     flags = shared16_get(vq->driver + 2, __ATOMIC_ACQUIRE) & 3;
@@ -188,6 +193,7 @@ static void want_kick(struct virtqueue *vq, bool want)
     } else {
         shared16_put(vq->device + 2, EVENT_ENABLE, __ATOMIC_RELAXED);
     }
+    virtqueue_log(vq, vq->device_gpa, 0, 4);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 

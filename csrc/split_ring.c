@@ -158,7 +158,7 @@ static void give(struct virtqueue *vq, const struct chain *chain, uint32_t lengt
 
     le32_put(entry, chain->id);
     le32_put(entry + 4, length);
-    virtqueue_log(vq, (uint64_t)(entry - vq->device), 8);
+    virtqueue_log(vq, vq->log_addr, (uint64_t)(entry - vq->device), 8);
     if (vq->inflight != NULL)
         inflight_split_give(vq->inflight, chain->id);
     vq->next_used++;
@@ -178,7 +178,7 @@ static bool publish(struct virtqueue *vq)
     if (vq->pending == 0)
         return false;
     shared16_put(vq->device + 2, vq->next_used, __ATOMIC_RELEASE);
-    virtqueue_log(vq, 2, 2);
+    virtqueue_log(vq, vq->log_addr, 2, 2);
     if (vq->inflight != NULL)
         inflight_split_publish(vq->inflight, vq->next_used);
     vq->pending = 0;
@@ -200,11 +200,11 @@ static void want_kick(struct virtqueue *vq, bool want)
         /* Not wanting is leaving avail_event behind: it is reached again after 65536 requests, a harmless kick. */
         if (want) {
             shared16_put(vq->device + RING_HEAD + 8u * vq->size, vq->next_avail, __ATOMIC_RELAXED);
-            virtqueue_log(vq, RING_HEAD + 8ull * vq->size, 2);
+            virtqueue_log(vq, vq->log_addr, RING_HEAD + 8ull * vq->size, 2);
         }
     } else {
         shared16_put(vq->device, (uint16_t)(want ? 0u : USED_FLAG_NO_NOTIFY), __ATOMIC_RELAXED);
-        virtqueue_log(vq, 0, 2);
+        virtqueue_log(vq, vq->log_addr, 0, 2);
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }

@@ -74,11 +74,11 @@ bool virtqueue_looks_used(const struct virtqueue *vq)
     return ops_of(vq)->looks_used(vq);
 }
 
-void virtqueue_log(const struct virtqueue *vq, uint64_t offset, uint64_t length)
+void virtqueue_log(const struct virtqueue *vq, uint64_t gpa, uint64_t offset, uint64_t length)
 {
     uint64_t at;
 
-    if (vq->logged && !__builtin_add_overflow(vq->log_addr, offset, &at))
+    if (vq->logged && !__builtin_add_overflow(gpa, offset, &at))
         guest_memory_dirty(vq->memory, at, length);
 }
 

@@ -50,6 +50,8 @@ struct virtqueue {
     uint8_t *desc;        /* in guest memory */
     uint8_t *driver;      /* avail ring, or driver event suppression */
     uint8_t *device;      /* used ring, or device event suppression */
+    uint64_t desc_gpa;    /* packed: where they are, for the log */
+    uint64_t device_gpa;
     struct inflight *inflight; /* NULL: none */
     unsigned broken;      /* VIOMMU_BROKEN_*, 0 while it is well */
     /*
@@ -65,7 +67,6 @@ struct virtqueue {
     bool avail_wrap;
     bool used_wrap;
     uint16_t signalled;   /* used position when the driver was last asked about a notification */
-    bool unsignalled;     /* packed: used descriptors were written since */
     uint16_t pending;     /* split: used entries written, index not yet published; packed: head not yet published */
     /* packed: the first used descriptor of the batch; its flags are written last, which publishes the batch */
     uint16_t head_slot;
@@ -119,8 +120,8 @@ struct descriptor { /* as in memory, both formats: 16 bytes */
 /* Add one descriptor to a chain after checking it; -EPROTO breaks the ring. */
 int chain_add(struct virtqueue *vq, struct chain *chain, uint64_t addr, uint32_t len, bool writable);
 int virtqueue_break(struct virtqueue *vq, unsigned reason);
-/* Log bytes written to the used ring (split) or descriptor ring (packed), offset from its start. */
-void virtqueue_log(const struct virtqueue *vq, uint64_t offset, uint64_t length);
+/* Log bytes written to the ring, offset from gpa on. */
+void virtqueue_log(const struct virtqueue *vq, uint64_t gpa, uint64_t offset, uint64_t length);
 
 struct ring_ops {
     int (*take)(struct virtqueue *vq, struct chain *chain);
