@@ -130,21 +130,19 @@ class Reporter:
         }
         wanted = _REQUEST_FIELDS.get(request, ()) if status != "unanswered" else ()
         fields = {name: values[name] for name in wanted}
-        if status == "nomem" and (limit := self._limit_reached()):
+        if status == "nomem" and (limit := self._limit_reached(request)):
             fields["limit"] = limit
         kind = f"request-refused {request} {status}"
         self._line("warning", "request-refused", kind, request=request, status=status, **fields)
 
-    def _limit_reached(self) -> str | None:
-        """The limit that most likely refused a request just now: the one that is used up."""
+    def _limit_reached(self, request: str) -> str | None:
+        """The limit that refused a request just now, as far as the counters tell; None: the host lacks memory."""
         stats, settings = self._engine.stats(), self._engine.settings
         if not stats.limit_hits:
-            return None  # the host's memory, then
-        if stats.mappings >= settings.max_mappings:
-            return "limits.mappings"
-        if stats.domains >= settings.max_domains:
-            return "limits.domains"
-        return "limits.endpoints" if stats.endpoints >= settings.max_endpoints else "limits.mappings-per-domain"
+            return None
+        if request == "attach":
+            return "limits.domains" if stats.domains >= settings.max_domains else "limits.endpoints"
+        return "limits.mappings" if stats.mappings >= settings.max_mappings else "limits.mappings-per-domain"
 
 
 def feature_names(features: int) -> list[str]:

@@ -196,6 +196,14 @@ def test_limits(daemon: Daemon, guest: Guest, limit: str, requests: list[tuple[s
     assert (line["status"], line["limit"]) == ("nomem", limit)
 
 
+def test_limit_of_endpoints(tmp_path: Path) -> None:
+    """Where none is configured, a guest cannot make up more of them than the limit."""
+    with Daemon(tmp_path, config="limits.endpoints = 3") as daemon, daemon.guest() as guest:
+        guest.start()
+        assert [guest.attach(1, endpoint) for endpoint in range(4)] == [iommu.OK] * 3 + [iommu.NOMEM]
+        assert daemon.logged("request-refused")["limit"] == "limits.endpoints"
+
+
 def test_memory_that_is_not_shared(daemon: Daemon) -> None:
     """QEMU without share=on sends no memory at all: the ring is refused, and the log says what is missing."""
     with GuestMemory() as memory, daemon.connect() as client:
