@@ -154,7 +154,10 @@ def test_page_sizes_as_a_mask() -> None:
             "[limits]\nmapings = 5",
             "limits.mapings: unknown key, did you mean mappings? (known here: endpoints, domains,",
         ),
-        ("[limts]", "limts: unknown key, did you mean limits? (known here: device, limits, worker, endpoint, topology)"),
+        (
+            "[limts]",
+            "limts: unknown key, did you mean limits? (known here: device, limits, worker, endpoint, topology)",
+        ),
         ("zzz = 1", "zzz: unknown key (known here: device, limits, worker, endpoint, topology)"),
         ("device = 3", "device = 3: must be a table"),
         ("endpoint = 3", "endpoint = 3: must be a list"),
