@@ -542,6 +542,17 @@ void vfu_server_free(struct vfu_server *server)
     free(server);
 }
 
+static void run_work(struct vfu_server *server)
+{
+    do {
+        if (server->client < 0 || server->options.mute || !pci_config_bus_master(&server->config))
+            return;
+        server->work_epoch = server->epoch;
+        server->ops->work(server->device);
+        /* A reset that was served in the middle may have been followed by requests that left new work. */
+    } while (server->epoch != server->work_epoch);
+}
+
 static void serve_client(struct vfu_server *server)
 {
     int result = 0;
@@ -551,10 +562,8 @@ static void serve_client(struct vfu_server *server)
     server->max_transfer = VFU_MAX_TRANSFER;
     while (result == 0 && server->client >= 0) {
         result = serve_one(server);
-        if (result == 0 && pci_config_bus_master(&server->config) && !server->options.mute) {
-            server->work_epoch = server->epoch;
-            server->ops->work(server->device);
-        }
+        if (result == 0)
+            run_work(server);
     }
     if (result != 0 && result != -ECONNRESET && result != -EINTR)
         complain("client dropped", result);
