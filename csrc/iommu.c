@@ -70,6 +70,12 @@ static int make_endpoint(struct iommu *iommu, const struct profile *profile, uin
     return 0;
 }
 
+static void forget_endpoint(struct iommu *iommu, struct endpoint *endpoint)
+{
+    id_table_remove(&iommu->endpoints, endpoint->id);
+    free(endpoint);
+}
+
 static bool overlap(uint64_t first, uint64_t last, uint64_t other_first, uint64_t other_last)
 {
     return first <= other_last && other_first <= last;
@@ -203,7 +209,6 @@ static int make_domain(struct iommu *iommu, uint32_t id, bool bypass, struct dom
     }
     if (id_table_put(&iommu->domains, id, domain) != 0)
         goto fail;
-    count_domains(iommu);
     *out = domain;
     return 0;
 fail:
@@ -311,6 +316,7 @@ static void join(struct iommu *iommu, struct endpoint *endpoint, struct domain *
     domain->endpoints = endpoint;
     domain->endpoint_count++;
     count_set(&iommu->stats->endpoints, ++iommu->attached);
+    count_domains(iommu); /* not before: one that ends for a new one never counted beside it */
     if (!domain->bypass)
         find_binding(domain, endpoint->profile->stage2)->endpoints++;
 }
@@ -346,28 +352,14 @@ static int clear_domain(struct iommu *iommu, struct domain *domain)
     return rc;
 }
 
-enum status iommu_attach(struct iommu *iommu, uint32_t domain_id, uint32_t endpoint_id, bool bypass)
+/* Bring an endpoint into a domain of the right kind, or into a new one where domain is NULL. */
+static enum status attach_endpoint(struct iommu *iommu, struct endpoint *endpoint, struct domain *domain,
+                                   uint32_t domain_id, bool bypass)
 {
-    const struct profile *profile;
-    struct endpoint *endpoint;
-    struct domain *domain;
+    struct stage2 *stage2 = endpoint->profile->stage2;
     bool made = false;
     int rc;
 
-    if (!domain_in_range(iommu, domain_id))
-        return STATUS_RANGE;
-    profile = iommu_profile(iommu, endpoint_id);
-    if (profile == NULL)
-        return STATUS_NOENT;
-    domain = find_domain(iommu, domain_id);
-    if (domain != NULL && domain->bypass != bypass)
-        return STATUS_INVAL;
-    endpoint = id_table_get(&iommu->endpoints, endpoint_id);
-    if (endpoint == NULL) {
-        rc = make_endpoint(iommu, profile, endpoint_id, &endpoint);
-        if (rc != 0)
-            return at_limit(iommu);
-    }
     if (domain != NULL && endpoint->domain == domain) {
         /*
          * The specification does not say what attaching again means. It is DETACH then ATTACH here, as for a move:
@@ -385,18 +377,17 @@ enum status iommu_attach(struct iommu *iommu, uint32_t domain_id, uint32_t endpo
         made = true;
     }
     if (bypass) {
-        rc = profile->stage2->ops->identity(profile->stage2, endpoint_id);
-    } else if (reserved_is_mapped(profile, domain)) {
+        rc = stage2->ops->identity(stage2, endpoint->id);
+    } else if (reserved_is_mapped(endpoint->profile, domain)) {
         rc = -EOPNOTSUPP;
     } else {
-        bool bound = find_binding(domain, profile->stage2) != NULL;
+        bool bound = find_binding(domain, stage2) != NULL;
 
-        rc = bound ? 0 : bind(domain, profile->stage2);
+        rc = bound ? 0 : bind(domain, stage2);
         if (rc == 0) {
-            rc = profile->stage2->ops->attach(profile->stage2, endpoint_id,
-                                              find_binding(domain, profile->stage2)->domain);
+            rc = stage2->ops->attach(stage2, endpoint->id, find_binding(domain, stage2)->domain);
             if (rc != 0 && !bound)
-                unbind_if_empty(domain, find_binding(domain, profile->stage2));
+                unbind_if_empty(domain, find_binding(domain, stage2));
         }
     }
     if (rc != 0) {
@@ -408,6 +399,32 @@ enum status iommu_attach(struct iommu *iommu, uint32_t domain_id, uint32_t endpo
         leave(iommu, endpoint);
     join(iommu, endpoint, domain);
     return STATUS_OK;
+}
+
+enum status iommu_attach(struct iommu *iommu, uint32_t domain_id, uint32_t endpoint_id, bool bypass)
+{
+    const struct profile *profile;
+    struct endpoint *endpoint;
+    struct domain *domain;
+    enum status status;
+
+    if (!domain_in_range(iommu, domain_id))
+        return STATUS_RANGE;
+    profile = iommu_profile(iommu, endpoint_id);
+    if (profile == NULL)
+        return STATUS_NOENT;
+    domain = find_domain(iommu, domain_id);
+    if (domain != NULL && domain->bypass != bypass)
+        return STATUS_INVAL;
+    endpoint = id_table_get(&iommu->endpoints, endpoint_id);
+    if (endpoint != NULL)
+        return attach_endpoint(iommu, endpoint, domain, domain_id, bypass);
+    if (make_endpoint(iommu, profile, endpoint_id, &endpoint) != 0)
+        return at_limit(iommu);
+    status = attach_endpoint(iommu, endpoint, domain, domain_id, bypass);
+    if (status != STATUS_OK) /* a refused request leaves nothing behind that counts against a limit */
+        forget_endpoint(iommu, endpoint);
+    return status;
 }
 
 enum status iommu_detach(struct iommu *iommu, uint32_t domain_id, uint32_t endpoint_id)
@@ -553,8 +570,7 @@ void iommu_reset(struct iommu *iommu)
     /* Endpoint objects that only a guest's request made go as well, so that they cannot pile up over resets. */
     for (slot = 0; (endpoint = id_table_each(&iommu->endpoints, &slot)) != NULL;) {
         if (endpoint->profile->stage2 == stage2_none()) {
-            id_table_remove(&iommu->endpoints, endpoint->id);
-            free(endpoint);
+            forget_endpoint(iommu, endpoint);
             slot--; /* removing may have moved a later entry here */
         }
     }
@@ -605,16 +621,37 @@ void iommu_set_bypass(struct iommu *iommu, bool bypass)
         place_all_unattached(iommu);
 }
 
+/* Tell the back-ends of all profiles before end, each once. On an error *failed is whom it came from. */
+static int tell_memory(const struct iommu *iommu, const struct profile *end, const struct guest_memory *memory,
+                       const struct profile **failed)
+{
+    for (const struct profile *profile = iommu->profiles; profile != end; profile = profile->next) {
+        const struct profile *first = iommu->profiles;
+        int rc;
+
+        while (first->stage2 != profile->stage2)
+            first = first->next;
+        if (first != profile) /* told already */
+            continue;
+        rc = profile->stage2->ops->memory(profile->stage2, memory);
+        if (rc != 0 && failed != NULL) {
+            *failed = profile;
+            return rc;
+        }
+    }
+    return 0;
+}
+
 int iommu_set_memory(struct iommu *iommu, const struct guest_memory *memory)
 {
-    for (const struct profile *profile = iommu->profiles; profile != NULL; profile = profile->next) {
-        int rc = profile->stage2->ops->memory(profile->stage2, memory);
+    const struct profile *failed;
+    int rc = tell_memory(iommu, NULL, memory, &failed);
 
-        if (rc != 0)
-            return rc;
-    }
-    iommu->memory = memory;
-    return 0;
+    if (rc == 0)
+        iommu->memory = memory;
+    else
+        (void)tell_memory(iommu, failed, iommu->memory, NULL); /* the new one ends with this call */
+    return rc;
 }
 
 int iommu_translate(const struct iommu *iommu, uint32_t endpoint_id, uint64_t iova, uint32_t access, uint64_t *gpa)
