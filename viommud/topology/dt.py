@@ -61,10 +61,16 @@ def render(topology: Topology, base: bytes, what: str) -> bytes:
     :param what: names the base in errors.
     :raises TopologyError: the base does not have what the topology names, or has an IOMMU already.
     """
-    root = fdt.parse(base, what)
-    edits = _edits(topology, root, what)
-    phandle = _iommu_phandle(root, edits)
-    return fdt.amend(base, [(edit.path, _encoded(edit, phandle)) for edit in edits])
+    tree = fdt.parse(base, what)
+    edits = _edits(topology, tree.root, what)
+    phandle = _iommu_phandle(tree.root, edits)
+    nodes = {node.path: node for node in fdt.walk(tree.root)}
+    for edit in edits:
+        if edit.new:
+            parent, _, name = edit.path.rpartition("/")
+            nodes[edit.path] = nodes[parent].children[name] = fdt.Node(name, nodes[parent])
+        nodes[edit.path].properties.update(_encoded(edit, phandle))
+    return fdt.serialise(tree)
 
 
 def overlay(topology: Topology, base: bytes, what: str) -> str:
@@ -72,7 +78,7 @@ def overlay(topology: Topology, base: bytes, what: str) -> str:
 
     :raises TopologyError: as :func:`render`.
     """
-    root = fdt.parse(base, what)
+    root = fdt.parse(base, what).root
     edits = _edits(topology, root, what)
     existing = next((node.phandle for node in fdt.walk(root) if node.path == edits[0].path), None)
     reference = "&viommu" if existing is None else f"{existing:#x}"
@@ -161,7 +167,7 @@ def _iommu_edit(place: Place, root: fdt.Node, bridges: Sequence[_HostBridge], wh
             f"{what}: the IOMMU's place {place} is behind a bridge; a device tree can name it on bus"
             f" {home.first_rid >> 8:02x} of {home.node.path}"
         )
-    for child in home.node.children:
+    for child in home.node.children.values():
         reg = child.cells("reg")
         if reg and reg[0] >> 8 & 0xFF == place.rid & 0xFF:
             raise TopologyError(f"{what}: the IOMMU's place {place} is taken by {child.path}")
@@ -229,7 +235,7 @@ def read(blob: bytes, what: str) -> Description:
     :param what: names the tree in errors.
     :raises TopologyError: it is no device tree, or malformed where this matters.
     """
-    root = fdt.parse(blob, what)
+    root = fdt.parse(blob, what).root
     bridges = _host_bridges(root, what)
     iommus = {node.path: place for node in fdt.walk(root) if (place := _iommu_place(node, bridges, what)) is not None}
     endpoints: list[Described] = []
