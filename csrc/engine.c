@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "counters.h"
+#include "vfio_user.h"
 #include "worker.h"
 
 #define PROBE_SIZE_MAX 4096u
@@ -21,6 +22,7 @@ struct viommu_engine {
     uint8_t *inflight;         /* NULL: none */
     uint32_t inflight_queues;
     uint32_t inflight_queue_size;
+    struct viommu_vfio_user *vfio_users;
     struct viommu_stats stats; /* the worker's */
 };
 
@@ -94,14 +96,22 @@ static void close_ring(struct viommu_ring *ring)
 
 void viommu_engine_free(struct viommu_engine *engine)
 {
+    struct viommu_vfio_user *user;
+
     if (engine == NULL)
         return;
     worker_stop(&engine->worker);
+    for (user = engine->vfio_users; user != NULL; user = user->next)
+        viommu_vfio_user_disconnect(user); /* or each might wait for its server below */
     for (uint32_t i = 0; i < VIOMMU_QUEUES; i++) {
         if (engine->worker.queues[i].ring.size != 0)
             close_ring(&engine->worker.queues[i].ring);
     }
     iommu_fini(&engine->iommu);
+    while ((user = engine->vfio_users) != NULL) {
+        engine->vfio_users = user->next;
+        vfio_user_free(user);
+    }
     records_free(engine->worker.records);
     fault_queue_free(engine->worker.faults);
     guest_memory_guard(NULL);
@@ -120,6 +130,33 @@ int viommu_engine_add_endpoints(struct viommu_engine *engine, uint32_t first, ui
     rc = iommu_add_endpoints(&engine->iommu, first, last, reserved, count, stage2_none());
     worker_unpark(&engine->worker);
     return rc;
+}
+
+static void raise_fault(void *context, uint32_t endpoint, enum fault_reason reason, uint32_t flags, uint64_t address)
+{
+    (void)viommu_engine_fault(context, endpoint, reason, flags, address);
+}
+
+int viommu_vfio_user_new(struct viommu_engine *engine, const struct viommu_vfio_user_settings *settings,
+                         const struct viommu_reserved *reserved, size_t count, struct viommu_vfio_user **out)
+{
+    const struct vfio_user_faults faults = {.raise = raise_fault, .context = engine};
+    struct viommu_vfio_user *user;
+    int rc = vfio_user_new(settings, &faults, &user);
+
+    if (rc != 0)
+        return rc;
+    worker_park(&engine->worker);
+    rc = iommu_add_endpoints(&engine->iommu, settings->endpoint, settings->endpoint, reserved, count, &user->stage2);
+    worker_unpark(&engine->worker);
+    if (rc != 0) {
+        vfio_user_free(user);
+        return rc;
+    }
+    user->next = engine->vfio_users;
+    engine->vfio_users = user;
+    *out = user;
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------- memory */

@@ -79,7 +79,7 @@ struct viommu_ring {
     uint64_t desc;
     uint64_t avail;               /* packed: driver event area */
     uint64_t used;                /* packed: device event area */
-    uint64_t log_addr;            /* guest-physical address that writes to the used ring are logged at */
+    uint64_t log_addr;            /* guest-physical address that writes to the used ring are logged at (split) */
     bool gpa;
     bool logged;
     int kick;                     /* eventfds; call and err may be -1 */
@@ -103,8 +103,8 @@ struct viommu_stats {
     uint64_t kicks;               /* wake-ups by an eventfd */
     uint64_t notifications;       /* interrupts asked for */
     uint64_t batches;
-    uint64_t busy_ns;
-    uint64_t spin_ns;
+    uint64_t busy_ns;             /* serving, and polling that paid */
+    uint64_t spin_ns;             /* polling in vain */
     uint64_t sleeps;
     uint64_t heartbeat;           /* changes whenever the worker makes a round */
     bool asleep;                  /* waiting for a kick, nothing to do */
@@ -248,6 +248,86 @@ int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain, ui
 /* Where an access of an endpoint goes: 0 and *gpa, -ENOENT no endpoint, -ENXIO unattached and blocked, -EFAULT. */
 int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uint64_t iova, uint32_t access,
                             uint64_t *gpa);
+
+/*
+ * A vfio-user endpoint: a device in another process. The engine stands between its client (QEMU) and its server (the
+ * process): it keeps the client's DMA_MAPs as the endpoint's guest-physical memory, and the server reaches what the
+ * guest mapped. One relay thread per connection, beside the worker.
+ */
+#define VIOMMU_VFIO_USER_SHARED 0 /* the server is given the files of guest memory with each DMA_MAP */
+#define VIOMMU_VFIO_USER_STRICT 1 /* it is given none: all its DMA goes through the engine */
+
+#define VIOMMU_VFIO_USER_ABSENT 0 /* no client */
+#define VIOMMU_VFIO_USER_UP 1
+#define VIOMMU_VFIO_USER_FAILED 2 /* the server is cut off; the client is answered with errors */
+
+/* Why a server was cut off. */
+#define VIOMMU_VFIO_USER_GONE 1     /* it closed the connection */
+#define VIOMMU_VFIO_USER_PROTOCOL 2 /* it sent what cannot be understood, or what no server may send */
+#define VIOMMU_VFIO_USER_REFUSED 3  /* it answered DMA_MAP or DMA_UNMAP with an error */
+#define VIOMMU_VFIO_USER_TIMEOUT 4  /* it did not answer DMA_UNMAP, or did not take messages, in time */
+#define VIOMMU_VFIO_USER_SILENT 5   /* it did not answer a request of the client in time */
+#define VIOMMU_VFIO_USER_LIMIT 6    /* memory changed, and it cannot hold the mappings that became of it */
+#define VIOMMU_VFIO_USER_NOMEM 7    /* we had no memory for a message to it */
+
+struct viommu_vfio_user_settings {
+    uint32_t endpoint;
+    uint32_t mode;                /* VIOMMU_VFIO_USER_SHARED or _STRICT */
+    uint32_t timeout_ms;          /* for the server to give up a mapping; not 0 */
+    uint32_t reply_timeout_ms;    /* for the server to answer a request of the client; 0: for ever */
+    uint32_t spin_us;             /* polling of idle sockets after a message before the relay sleeps */
+};
+
+/* What client, engine and server agreed on when they exchanged VERSION. */
+struct viommu_vfio_user_limits {
+    uint32_t max_fds;             /* file descriptors in one message */
+    uint32_t max_dma_maps;        /* that the server keeps at once */
+    uint64_t max_transfer;        /* bytes of data in one message */
+};
+
+struct viommu_vfio_user_stats {
+    uint64_t state;               /* VIOMMU_VFIO_USER_ABSENT ... */
+    uint64_t cause;               /* why the server was cut off last; 0: never */
+    uint64_t failures;            /* times it was */
+    uint64_t connections;
+    uint64_t requests;            /* of the client, passed on */
+    uint64_t replies;             /* of the server, passed on */
+    uint64_t errors;              /* of those, with the error flag */
+    uint64_t answered;            /* requests of the client answered with an error by the engine */
+    uint64_t strays;              /* replies that nobody had asked for */
+    uint64_t maps;                /* DMA_MAPs sent to the server */
+    uint64_t unmaps;
+    uint64_t reads;               /* DMA_READs served */
+    uint64_t read_bytes;
+    uint64_t writes;
+    uint64_t write_bytes;
+    uint64_t refused;             /* DMA_READs and DMA_WRITEs refused */
+    uint64_t memory_bytes;        /* guest memory the client shared */
+    uint64_t reachable_bytes;     /* of it mapped for the endpoint now, and at most so far */
+    uint64_t peak_reachable_bytes;
+};
+
+struct viommu_vfio_user;
+
+/*
+ * An endpoint with these reserved regions, and no client yet. It lives as long as the engine. -EEXIST, -EINVAL as
+ * for viommu_engine_add_endpoints().
+ */
+int viommu_vfio_user_new(struct viommu_engine *engine, const struct viommu_vfio_user_settings *settings,
+                         const struct viommu_reserved *reserved, size_t count, struct viommu_vfio_user **out);
+
+/*
+ * Relay between two connected sockets that have exchanged VERSION and nothing else. -EBUSY: the connection before
+ * has not ended. -EINVAL: limits that cannot be worked with.
+ */
+int viommu_vfio_user_connect(struct viommu_vfio_user *user, int client_fd, int server_fd,
+                             const struct viommu_vfio_user_limits *limits);
+/* End the connection, if there is one. */
+void viommu_vfio_user_disconnect(struct viommu_vfio_user *user);
+
+/* An eventfd: written whenever the state changes. */
+int viommu_vfio_user_event_fd(struct viommu_vfio_user *user);
+void viommu_vfio_user_stats(struct viommu_vfio_user *user, struct viommu_vfio_user_stats *out);
 
 /* cffi: end */
 #pragma GCC visibility pop

@@ -1,0 +1,568 @@
+/*
+ * The relay: one thread per connected vfio-user endpoint, between its client and its server. It waits for either,
+ * moves whole messages, and serves the server's DMA. It never waits for one of them alone, nor for the control plane.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include "counters.h"
+#include "vfio_user.h"
+
+/* Messages of one side handled before the other is looked at. */
+#define TURN 32u
+/* How soon to try again when the kernel counts too many descriptors in flight. */
+#define STARVED_MS 1
+
+#define MIN_TRANSFER 4096u
+#define MAX_TRANSFER (16u << 20)
+
+/* --------------------------------------------------------------------------------------- messages of the server */
+
+/* Answer the server. If it does not take the answer it is lost. */
+static void reply_to_server(struct viommu_vfio_user *user, const void *bytes, size_t size)
+{
+    int rc;
+
+    (void)pthread_mutex_lock(&user->lock);
+    if (user->state == VIOMMU_VFIO_USER_UP) {
+        rc = vfio_user_link_send(&user->server, bytes, size, NULL, 0, NULL);
+        if (rc != 0)
+            vfio_user_cut(user, rc == -ENOMEM ? VIOMMU_VFIO_USER_NOMEM : VIOMMU_VFIO_USER_GONE);
+    }
+    (void)pthread_mutex_unlock(&user->lock);
+}
+
+/* DMA_READ or DMA_WRITE. The reply is built in the buffer of the request, which has room for any. */
+static void serve_dma(struct viommu_vfio_user *user, struct vfio_user_message *message)
+{
+    struct vfio_user_dma_access access, reply = {.header = message->header};
+    bool read = message->header.command == VFIO_USER_DMA_READ;
+    uint8_t *data = message->bytes + sizeof(access);
+    size_t size = sizeof(reply.header);
+    int error = EINVAL;
+
+    if (message->header.size >= sizeof(access)) {
+        uint64_t payload = message->header.size - sizeof(access);
+
+        memcpy(&access, message->bytes, sizeof(access));
+        reply = access;
+        if (access.count > user->limits.max_transfer)
+            error = E2BIG;
+        else if (payload == (read ? 0 : access.count))
+            error = vfio_user_dma(user, read ? MAP_FLAG_READ : MAP_FLAG_WRITE, access.address, data, access.count);
+    }
+    if (error == 0)
+        size = sizeof(reply) + (read ? (size_t)access.count : 0);
+    else if (error == EINVAL || error == E2BIG)
+        count_add(&user->stats.refused, 1);
+    if ((message->header.flags & VFIO_USER_NO_REPLY) != 0)
+        return;
+    reply.header = vfio_user_reply_to(&message->header, size, error);
+    memcpy(message->bytes, &reply, size < sizeof(reply) ? size : sizeof(reply));
+    reply_to_server(user, message->bytes, size);
+}
+
+/* A request of the server: DMA, or nothing we know. */
+static void serve(struct viommu_vfio_user *user, struct vfio_user_message *message)
+{
+    struct vfio_user_header reply = vfio_user_reply_to(&message->header, sizeof(reply), ENOTSUP);
+
+    if (message->header.command == VFIO_USER_DMA_READ || message->header.command == VFIO_USER_DMA_WRITE)
+        serve_dma(user, message);
+    else if ((message->header.flags & VFIO_USER_NO_REPLY) == 0)
+        reply_to_server(user, &reply, sizeof(reply));
+}
+
+/* The answer to a request of viommud. The lock is held. */
+static void settle_own(struct viommu_vfio_user *user, struct vfio_user_call *call,
+                      const struct vfio_user_message *message)
+{
+    if ((message->header.flags & VFIO_USER_ERROR) != 0) {
+        vfio_user_cut(user, VIOMMU_VFIO_USER_REFUSED);
+        return;
+    }
+    if (call->batch != NULL)
+        call->batch->outstanding--;
+    vfio_user_calls_release(&user->calls, message->header.id);
+    (void)pthread_cond_broadcast(&user->changed);
+}
+
+/* What a reply of the server is to be used for. */
+enum settled { SETTLED, TO_CLIENT, BROKEN };
+
+static enum settled settle(struct viommu_vfio_user *user, struct vfio_user_message *message)
+{
+    struct vfio_user_header *header = (struct vfio_user_header *)message->bytes;
+    struct vfio_user_call *call;
+
+    if (user->state != VIOMMU_VFIO_USER_UP)
+        return SETTLED;
+    call = vfio_user_calls_find(&user->calls, header->id);
+    if (call == NULL) {
+        count_add(&user->stats.strays, 1);
+        return SETTLED;
+    }
+    if (call->command != header->command)
+        return BROKEN;
+    if (message->fd_count != 0 && (!call->of_client || !vfio_user_rule(call->command)->reply_fds))
+        return BROKEN;
+    if (!call->of_client) {
+        settle_own(user, call, message);
+        return SETTLED;
+    }
+    if (message->fd_count != 0)
+        user->direct = true; /* memory of the device, or eventfds that stand for its registers */
+    header->id = call->client_id;
+    vfio_user_calls_release(&user->calls, message->header.id);
+    return TO_CLIENT;
+}
+
+/* 0, -EPROTO when the server cannot be understood, or another -errno when the client is gone. */
+static int server_message(struct viommu_vfio_user *user, struct vfio_user_message *message)
+{
+    enum settled settled;
+    int rc;
+
+    if (!vfio_user_is_reply(&message->header)) {
+        if (message->fd_count != 0)
+            return -EPROTO;
+        serve(user, message);
+        return 0;
+    }
+    (void)pthread_mutex_lock(&user->lock);
+    settled = settle(user, message);
+    (void)pthread_mutex_unlock(&user->lock);
+    if (settled != TO_CLIENT)
+        return settled == BROKEN ? -EPROTO : 0;
+    count_add(&user->stats.replies, 1);
+    if ((message->header.flags & VFIO_USER_ERROR) != 0)
+        count_add(&user->stats.errors, 1);
+    rc = vfio_user_link_send(&user->client, message->bytes, message->header.size, message->fds, message->fd_count,
+                             NULL);
+    message->fd_count = 0;
+    return rc == -EPROTO ? -EPIPE : rc;
+}
+
+/* -------------------------------------------------------------------------------------------------- the two sides */
+
+static void cut(struct viommu_vfio_user *user, uint32_t cause)
+{
+    (void)pthread_mutex_lock(&user->lock);
+    vfio_user_cut(user, cause);
+    (void)pthread_mutex_unlock(&user->lock);
+}
+
+static bool deaf_to_server(const struct viommu_vfio_user *user)
+{
+    return user->client.queued >= VFIO_USER_QUEUE_FULL || user->server.queued >= VFIO_USER_QUEUE_DEAF;
+}
+
+static bool deaf_to_client(const struct viommu_vfio_user *user)
+{
+    return user->client.queued >= VFIO_USER_QUEUE_FULL || user->server.queued >= VFIO_USER_QUEUE_FULL ||
+           user->calls.of_client >= VFIO_USER_CLIENT_CALLS || user->deferred_count >= VFIO_USER_CLIENT_CALLS;
+}
+
+/* Under the lock what is asked of the queues; the answer may be a message late, and the limits are soft. */
+static bool deaf(struct viommu_vfio_user *user, bool (*to)(const struct viommu_vfio_user *))
+{
+    bool answer;
+
+    (void)pthread_mutex_lock(&user->lock);
+    answer = to(user);
+    (void)pthread_mutex_unlock(&user->lock);
+    return answer;
+}
+
+/* 0, or -errno when the client is gone. The server's trouble ends here. */
+static int read_server(struct viommu_vfio_user *user, bool hung_up)
+{
+    for (unsigned i = 0; i < TURN; i++) {
+        struct vfio_user_message *message;
+        int rc;
+
+        if (!hung_up && deaf(user, deaf_to_server))
+            return 0;
+        rc = vfio_user_link_receive(&user->server, &message);
+        if (rc == 0)
+            return 0;
+        if (rc < 0) {
+            cut(user, rc == -ENOTCONN || rc == -ECONNRESET ? VIOMMU_VFIO_USER_GONE : VIOMMU_VFIO_USER_PROTOCOL);
+            return 0;
+        }
+        rc = server_message(user, message);
+        if (rc == -EPROTO) {
+            cut(user, VIOMMU_VFIO_USER_PROTOCOL);
+            return 0;
+        }
+        if (rc != 0)
+            return rc;
+    }
+    return 0;
+}
+
+static int read_client(struct viommu_vfio_user *user)
+{
+    for (unsigned i = 0; i < TURN; i++) {
+        struct vfio_user_message *message;
+        int rc;
+
+        if (deaf(user, deaf_to_client))
+            return 0;
+        rc = vfio_user_link_receive(&user->client, &message);
+        if (rc > 0)
+            rc = vfio_user_client_message(user, message);
+        else if (rc == 0)
+            return 0;
+        if (rc != 0)
+            return rc;
+    }
+    return 0;
+}
+
+static void flush_server(struct viommu_vfio_user *user)
+{
+    (void)pthread_mutex_lock(&user->lock);
+    if (user->state == VIOMMU_VFIO_USER_UP && vfio_user_link_flush(&user->server) != 0)
+        vfio_user_cut(user, VIOMMU_VFIO_USER_GONE);
+    (void)pthread_cond_broadcast(&user->changed); /* there is room now */
+    (void)pthread_mutex_unlock(&user->lock);
+}
+
+static void watch_client(struct viommu_vfio_user *user, uint32_t events)
+{
+    struct epoll_event event = {.events = events, .data.u32 = (uint32_t)user->client.fd};
+
+    if (events == user->client_events)
+        return;
+    (void)epoll_ctl(user->epoll, EPOLL_CTL_MOD, user->client.fd, &event);
+    user->client_events = events;
+}
+
+/*
+ * Before waiting: look after deadlines and after a server that was cut off, and have epoll look for what is of use.
+ * The time to wake up at in any case, UINT64_MAX for none, in *until. 0, or -errno when the client is gone.
+ */
+static int prepare(struct viommu_vfio_user *user, uint64_t now, uint64_t *until)
+{
+    struct vfio_user_call *oldest;
+    uint16_t id;
+    int rc = vfio_user_answer_deferred(user, now, until);
+
+    if (rc != 0)
+        return rc;
+    (void)pthread_mutex_lock(&user->lock);
+    oldest = vfio_user_calls_oldest(&user->calls, &id);
+    if (oldest != NULL && now >= oldest->deadline)
+        vfio_user_cut(user, VIOMMU_VFIO_USER_SILENT);
+    else if (oldest != NULL && oldest->deadline < *until)
+        *until = oldest->deadline;
+    if (user->state == VIOMMU_VFIO_USER_UP) {
+        bool out = user->server.first != NULL && !user->server.starved;
+
+        vfio_user_watch_server(user, (deaf_to_server(user) ? 0 : EPOLLIN) | (out ? EPOLLOUT : 0));
+        if (user->server.starved && now + STARVED_MS * 1000000ull < *until)
+            *until = now + STARVED_MS * 1000000ull;
+    } else if (user->server_events != UINT32_MAX) {
+        /* One that hung up would be reported for ever. */
+        (void)epoll_ctl(user->epoll, EPOLL_CTL_DEL, user->server.fd, NULL);
+        user->server_events = UINT32_MAX;
+    }
+    if (user->state == VIOMMU_VFIO_USER_FAILED) {
+        rc = vfio_user_answer_all(user);
+        if (rc == 0 && user->deferred != NULL)
+            *until = 0; /* those are done with as well */
+    }
+    watch_client(user, (deaf_to_client(user) ? 0 : EPOLLIN) |
+                           (user->client.first != NULL && !user->client.starved ? EPOLLOUT : 0));
+    if (user->client.starved && now + STARVED_MS * 1000000ull < *until)
+        *until = now + STARVED_MS * 1000000ull;
+    (void)pthread_mutex_unlock(&user->lock);
+    return rc;
+}
+
+/* -1 to wait for ever, else milliseconds, rounded up. */
+static int wait_ms(uint64_t now, uint64_t until)
+{
+    uint64_t ms;
+
+    if (until == UINT64_MAX)
+        return -1;
+    if (until <= now)
+        return 0;
+    ms = (until - now + 999999) / 1000000;
+    return ms < 60000 ? (int)ms : 60000;
+}
+
+/* Poll for a while before sleeping: the other side of a register access mostly answers at once. */
+static int wait_for_events(struct viommu_vfio_user *user, struct epoll_event *events, int max, uint64_t now, int ms)
+{
+    uint64_t end = now + user->settings.spin_us * 1000ull;
+    int count = 0;
+
+    while (count == 0 && ms != 0 && vfio_user_now() < end)
+        count = epoll_wait(user->epoll, events, max, 0);
+    if (count == 0)
+        count = epoll_wait(user->epoll, events, max, ms);
+    return count < 0 && errno == EINTR ? 0 : count;
+}
+
+/* Until the client is gone or the control plane says stop. */
+static void relay(struct viommu_vfio_user *user)
+{
+    int rc = 0;
+
+    while (rc == 0 && !atomic_load_explicit(&user->stop, memory_order_relaxed)) {
+        struct epoll_event events[3];
+        uint64_t now = vfio_user_now(), until;
+        int count;
+
+        rc = prepare(user, now, &until);
+        if (rc != 0)
+            return;
+        count = wait_for_events(user, events, 3, now, wait_ms(now, until));
+        if (count < 0)
+            return;
+        for (int i = 0; i < count && rc == 0; i++) {
+            int fd = (int)events[i].data.u32;
+            uint32_t what = events[i].events;
+            eventfd_t ignored;
+
+            if (fd == user->wake) {
+                (void)eventfd_read(user->wake, &ignored);
+            } else if (fd == user->client.fd) {
+                if ((what & EPOLLOUT) != 0)
+                    rc = vfio_user_link_flush(&user->client);
+                if (rc == 0 && (what & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0)
+                    rc = (what & EPOLLIN) != 0 ? read_client(user) : -ENOTCONN;
+            } else {
+                if ((what & EPOLLOUT) != 0)
+                    flush_server(user);
+                if ((what & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0)
+                    rc = read_server(user, (what & (EPOLLHUP | EPOLLERR)) != 0);
+            }
+        }
+        if (rc == 0 && user->client.starved)
+            rc = vfio_user_link_flush(&user->client);
+        if (rc == 0 && user->server.starved)
+            flush_server(user);
+        /* The client took its file back: what was read since is not guest memory. */
+        if (user->memory.table != NULL && atomic_load_explicit(&user->memory.table->shrunk, memory_order_relaxed))
+            return;
+    }
+}
+
+/* Nothing of the connection stays, but for what the guest has mapped. */
+static void end(struct viommu_vfio_user *user)
+{
+    (void)pthread_mutex_lock(&user->lock);
+    vfio_user_forget(user, VIOMMU_VFIO_USER_ABSENT);
+    vfio_user_link_fini(&user->server);
+    guest_memory_guard(NULL);
+    vfio_user_memory_fini(&user->memory);
+    count_set(&user->stats.memory_bytes, 0);
+    vfio_user_calls_fini(&user->calls);
+    (void)pthread_mutex_unlock(&user->lock);
+    vfio_user_drop_deferred(user);
+    vfio_user_link_fini(&user->client);
+    (void)close(user->epoll);
+    user->epoll = -1;
+}
+
+static void *run(void *arg)
+{
+    struct viommu_vfio_user *user = arg;
+
+    (void)prctl(PR_SET_NAME, "viommu-relay");
+    relay(user);
+    end(user);
+    atomic_store(&user->running, false);
+    (void)eventfd_write(user->event, 1);
+    return NULL;
+}
+
+/* ------------------------------------------------------------------------------------------------ control plane */
+
+int vfio_user_new(const struct viommu_vfio_user_settings *settings, const struct vfio_user_faults *faults,
+                  struct viommu_vfio_user **out)
+{
+    struct viommu_vfio_user *user;
+    pthread_condattr_t attributes;
+
+    if (settings->mode > VIOMMU_VFIO_USER_STRICT || settings->timeout_ms == 0)
+        return -EINVAL;
+    user = calloc(1, sizeof(*user));
+    if (user == NULL)
+        return -ENOMEM;
+    user->stage2.ops = &vfio_user_stage2_ops;
+    user->settings = *settings;
+    user->faults = *faults;
+    user->epoll = user->server.fd = user->client.fd = -1;
+    user->pool = iova_pool_new(NULL);
+    user->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    user->wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (user->pool == NULL || user->event < 0 || user->wake < 0) {
+        int rc = user->pool == NULL ? -ENOMEM : -errno;
+
+        iova_pool_free(user->pool);
+        if (user->event >= 0)
+            (void)close(user->event);
+        if (user->wake >= 0)
+            (void)close(user->wake);
+        free(user);
+        return rc;
+    }
+    (void)pthread_mutex_init(&user->lock, NULL);
+    (void)pthread_condattr_init(&attributes);
+    (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    (void)pthread_cond_init(&user->changed, &attributes);
+    (void)pthread_condattr_destroy(&attributes);
+    *out = user;
+    return 0;
+}
+
+void viommu_vfio_user_disconnect(struct viommu_vfio_user *user)
+{
+    if (!user->started)
+        return;
+    atomic_store(&user->stop, true);
+    (void)eventfd_write(user->wake, 1);
+    (void)pthread_join(user->thread, NULL);
+    user->started = false;
+}
+
+void vfio_user_free(struct viommu_vfio_user *user)
+{
+    viommu_vfio_user_disconnect(user);
+    (void)pthread_cond_destroy(&user->changed);
+    (void)pthread_mutex_destroy(&user->lock);
+    iova_pool_free(user->pool);
+    (void)close(user->event);
+    (void)close(user->wake);
+    free(user);
+}
+
+static int watch(int epoll, int fd, uint32_t events)
+{
+    struct epoll_event event = {.events = events, .data.u32 = (uint32_t)fd};
+
+    return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) == 0 ? 0 : -errno;
+}
+
+static int open_link(struct vfio_user_link *link, int fd, const struct viommu_vfio_user_limits *limits)
+{
+    int mine = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    int rc;
+
+    if (mine < 0)
+        return -errno;
+    rc = vfio_user_link_init(link, mine, (size_t)limits->max_transfer + VFIO_USER_OVERHEAD, limits->max_fds);
+    if (rc != 0)
+        (void)close(mine);
+    return rc;
+}
+
+/* Signals are for the control plane, but for those that the thread's own accesses raise. */
+static int start_thread(struct viommu_vfio_user *user)
+{
+    sigset_t all, before;
+    int rc;
+
+    (void)sigfillset(&all);
+    (void)sigdelset(&all, SIGBUS);
+    (void)sigdelset(&all, SIGSEGV);
+    (void)sigdelset(&all, SIGFPE);
+    (void)sigdelset(&all, SIGILL);
+    (void)pthread_sigmask(SIG_SETMASK, &all, &before);
+    rc = -pthread_create(&user->thread, NULL, run, user);
+    (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return rc;
+}
+
+int viommu_vfio_user_connect(struct viommu_vfio_user *user, int client_fd, int server_fd,
+                             const struct viommu_vfio_user_limits *limits)
+{
+    struct vfio_user_link client, server;
+    int rc;
+
+    if (limits->max_transfer < MIN_TRANSFER || limits->max_transfer > MAX_TRANSFER || limits->max_fds == 0 ||
+        limits->max_dma_maps == 0)
+        return -EINVAL;
+    if (atomic_load(&user->running))
+        return -EBUSY;
+    viommu_vfio_user_disconnect(user); /* has ended: only to be joined */
+    rc = open_link(&client, client_fd, limits);
+    if (rc != 0)
+        return rc;
+    rc = open_link(&server, server_fd, limits);
+    if (rc != 0)
+        goto no_server;
+    (void)pthread_mutex_lock(&user->lock);
+    rc = vfio_user_calls_init(&user->calls);
+    if (rc != 0)
+        goto no_calls;
+    user->epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (user->epoll < 0) {
+        rc = -errno;
+        goto no_epoll;
+    }
+    if ((rc = watch(user->epoll, user->wake, EPOLLIN)) != 0 || (rc = watch(user->epoll, client.fd, EPOLLIN)) != 0 ||
+        (rc = watch(user->epoll, server.fd, EPOLLIN)) != 0)
+        goto no_watch;
+    user->client = client;
+    user->server = server;
+    user->client_events = user->server_events = EPOLLIN;
+    user->limits = *limits;
+    if (user->limits.max_dma_maps > VFIO_USER_MAX_MAPS)
+        user->limits.max_dma_maps = VFIO_USER_MAX_MAPS;
+    user->direct = false;
+    user->state = VIOMMU_VFIO_USER_UP;
+    count_set(&user->stats.state, user->state);
+    count_add(&user->stats.connections, 1);
+    atomic_store(&user->stop, false);
+    atomic_store(&user->running, true);
+    user->started = true;
+    rc = start_thread(user);
+    if (rc == 0) {
+        (void)pthread_mutex_unlock(&user->lock);
+        return 0;
+    }
+    user->started = false;
+    atomic_store(&user->running, false);
+    user->state = VIOMMU_VFIO_USER_ABSENT;
+    count_set(&user->stats.state, user->state);
+    user->client.fd = user->server.fd = -1;
+no_watch:
+    (void)close(user->epoll);
+    user->epoll = -1;
+no_epoll:
+    vfio_user_calls_fini(&user->calls);
+no_calls:
+    (void)pthread_mutex_unlock(&user->lock);
+    vfio_user_link_fini(&server);
+no_server:
+    vfio_user_link_fini(&client);
+    return rc;
+}
+
+int viommu_vfio_user_event_fd(struct viommu_vfio_user *user)
+{
+    return user->event;
+}
+
+void viommu_vfio_user_stats(struct viommu_vfio_user *user, struct viommu_vfio_user_stats *out)
+{
+    const uint64_t *from = (const uint64_t *)&user->stats;
+    uint64_t *to = (uint64_t *)out;
+
+    _Static_assert(sizeof(*out) % sizeof(uint64_t) == 0, "stats are words");
+    for (size_t i = 0; i < sizeof(*out) / sizeof(uint64_t); i++)
+        to[i] = count_get(&from[i]);
+}
