@@ -70,7 +70,7 @@ def make_engine(setup: DeviceSetup) -> Engine:
     :raises UsageError: the engine does not accept them.
     """
     try:
-        engine = Engine(setup.settings)
+        engine = Engine(setup.settings, setup.topology)
         try:
             for entry in setup.endpoints:
                 engine.add_endpoints(entry.first, entry.last, entry.reserved)

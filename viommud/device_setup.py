@@ -44,6 +44,8 @@ class DeviceSetup:
     endpoints: tuple[EndpointRange, ...]
     named: bool
     """Endpoints were named by the configuration; otherwise every function of PCI segment 0 is one."""
+    topology: bytes = b""
+    """The topology in configuration space; empty: none there."""
 
     @property
     def summary(self) -> str:
@@ -89,7 +91,31 @@ def plan(config: Config) -> DeviceSetup:
         fault_rate=limits.fault_rate,
         spin_us=config.worker.spin_us,
     )
-    return DeviceSetup(settings, _endpoints(config), named=bool(config.endpoint))
+    endpoints = _endpoints(config)
+    return DeviceSetup(
+        settings, endpoints, named=bool(config.endpoint), topology=_builtin_topology(config, settings, endpoints)
+    )
+
+
+def _builtin_topology(config: Config, settings: Settings, endpoints: tuple[EndpointRange, ...]) -> bytes:
+    """The topology as configuration space shows it; checked even where it is only for the renderings."""
+    section = config.topology
+    if section is None or (not config.endpoint and section.builtin is None):
+        return b""
+    if not config.endpoint:
+        raise Wrong("topology.builtin", section.builtin, "left out without an [[endpoint]]: there is nothing to list")
+    # Only here: most daemons describe nothing, and start the sooner.
+    from viommud.topology import builtin
+    from viommud.topology.model import Ids, Topology
+
+    topology = Topology.build(section, [Ids(entry.first, entry.last) for entry in endpoints])
+    if section.builtin is None:
+        return b""
+    if settings.personality is not Personality.V1_X:
+        raise Wrong("device.personality", config.device.personality, '"1.x" with topology.builtin')
+    if Feature.BYPASS_CONFIG in settings.features:
+        raise Wrong("device.bypass-config", True, "false with topology.builtin: both use feature bit 6 and byte 36")
+    return builtin.render(section.builtin, topology)
 
 
 def _page_size_mask(device: Device) -> int:

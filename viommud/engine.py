@@ -16,7 +16,7 @@ from typing import Any
 
 from viommud import config_space
 from viommud._core import ffi, lib
-from viommud.settings import Feature, Reserved, Settings
+from viommud.settings import FEATURE_TOPOLOGY, Feature, Personality, Reserved, Settings
 from viommud.vhost_user.device import DeviceRefused, MappedRegion, QueueSetup, Region
 
 ABI = 1
@@ -158,9 +158,15 @@ def _fd(fd: int | None) -> int:
 
 
 class Engine:
-    """The virtio-iommu of one virtual machine, with its worker thread."""
+    """The virtio-iommu of one virtual machine, with its worker thread.
 
-    def __init__(self, settings: Settings) -> None:
+    :param topology: a built-in topology, configuration space from `config_space.BYPASS_OFFSET` on; offered with feature
+        bit 6, which is BYPASS_CONFIG where there is none.
+    """
+
+    def __init__(self, settings: Settings, topology: bytes = b"") -> None:
+        if topology and (Feature.BYPASS_CONFIG in settings.features or settings.personality is not Personality.V1_X):
+            raise ValueError("a built-in topology excludes BYPASS_CONFIG and the early personalities")
         raw = ffi.new("struct viommu_settings *")
         for field in fields(settings):
             setattr(raw, field.name, int(getattr(settings, field.name)))
@@ -172,6 +178,7 @@ class Engine:
             raise OSError(-rc, os.strerror(-rc))
         self._engine: Any = out[0]
         self.settings = settings
+        self._topology = topology
         self._driver_features = 0
         self.record_fd: int = lib.viommu_engine_record_fd(self._engine)
         """Readable when take_records() has something."""
@@ -209,7 +216,7 @@ class Engine:
     @property
     def offered_features(self) -> int:
         """Virtio feature bits."""
-        return int(self.settings.features)
+        return int(self.settings.features) | (FEATURE_TOPOLOGY if self._topology else 0)
 
     @property
     def num_queues(self) -> int:
@@ -224,7 +231,7 @@ class Engine:
     @property
     def config_size(self) -> int:
         """Bytes."""
-        return config_space.size(self.settings)
+        return config_space.size(self.settings, self._topology)
 
     @property
     def needs_reset(self) -> bool:
@@ -233,7 +240,7 @@ class Engine:
 
     def config_read(self, offset: int, size: int) -> bytes:
         """Configuration space as it is now."""
-        return config_space.render(self.settings, self.bypass)[offset : offset + size]
+        return config_space.render(self.settings, self.bypass, self._topology)[offset : offset + size]
 
     def config_write(self, offset: int, data: bytes, migration: bool) -> None:
         """Take over `bypass` and nothing else.
@@ -251,6 +258,8 @@ class Engine:
 
     def set_driver_features(self, features: int) -> None:
         """Features that the driver accepted."""
+        if self._topology:
+            features &= ~FEATURE_TOPOLOGY  # says that there is something to read; nothing for the engine
         rc = lib.viommu_engine_set_features(self._engine, features)
         if rc != 0:
             raise DeviceRefused(f"features {features & ~self.offered_features:#x} were not offered")

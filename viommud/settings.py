@@ -23,6 +23,10 @@ class Feature(IntFlag):
     IN_ORDER = 1 << 35
 
 
+FEATURE_TOPOLOGY = 1 << 6
+"""TOPOLOGY of the drafts of 2019 and 2020: the bit that became BYPASS_CONFIG."""
+
+
 class Personality(IntEnum):
     """The age of the drivers served; nothing on the wire tells, so it is the user's choice."""
 

@@ -15,7 +15,6 @@ from viommud.topology.errors import TopologyError
 from viommud.topology.model import PciRange, PlatformEndpoint, Topology
 from viommud.topology.section import BuiltinShape
 
-FEATURE_TOPOLOGY = 1 << 6
 OFFSET = 36
 """Where in configuration space :func:`render`'s bytes go."""
 MAX_SPACE = 256
