@@ -91,11 +91,11 @@ int device_run(struct vfu_server *server, const struct vfu_options *options, voi
     account = dma_table_account(vfu_server_dma(server));
     printf("{\"event\":\"summary\",");
     summary(device);
-    printf(",\"reachable_peak_bytes\":%" PRIu64 ",\"touched_bytes\":%" PRIu64 ",\"mappings_peak\":%" PRIu64
+    printf(",\"reachable_peak_bytes\":%" PRIu64 ",\"in_use_peak_bytes\":%" PRIu64 ",\"touched_bytes\":%" PRIu64 ",\"mappings_peak\":%" PRIu64
            ",\"clients\":%" PRIu64 ",\"requests\":%" PRIu64 ",\"maps\":%" PRIu64 ",\"unmaps\":%" PRIu64
            ",\"dma_read_messages\":%" PRIu64 ",\"dma_write_messages\":%" PRIu64 ",\"dma_refused\":%" PRIu64
            ",\"interrupts\":%" PRIu64 "}\n",
-           account.reachable_peak, account.touched, account.mappings_peak, counters.clients, counters.requests,
+           account.reachable_peak, account.in_use_peak, account.touched, account.mappings_peak, counters.clients, counters.requests,
            counters.maps, counters.unmaps, counters.dma_read_messages, counters.dma_write_messages,
            counters.dma_refused, counters.interrupts);
     fflush(stdout);

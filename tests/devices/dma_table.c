@@ -24,6 +24,7 @@ struct dma_table {
     } files[MAX_FILES];
     unsigned file_count;
     struct page_set touched;
+    bool in_use;
     struct dma_account account;
 };
 
@@ -61,6 +62,22 @@ static size_t lower_bound(const struct dma_table *table, uint64_t iova)
 static uint64_t size_of(const struct dma_mapping *mapping)
 {
     return mapping->last - mapping->iova + 1;
+}
+
+static void raise_to(uint64_t *peak, uint64_t value)
+{
+    if (value > *peak)
+        *peak = value;
+}
+
+static void update_peaks(struct dma_table *table)
+{
+    struct dma_account *account = &table->account;
+
+    raise_to(&account->mappings_peak, account->mappings);
+    raise_to(&account->reachable_peak, account->reachable);
+    if (table->in_use)
+        raise_to(&account->in_use_peak, account->reachable);
 }
 
 static int file_key(struct dma_table *table, int fd, uint64_t *key)
@@ -138,11 +155,14 @@ int dma_table_add(struct dma_table *table, uint64_t iova, uint64_t size, bool re
     table->count++;
     table->account.mappings = table->count;
     table->account.reachable += size;
-    if (table->account.mappings > table->account.mappings_peak)
-        table->account.mappings_peak = table->account.mappings;
-    if (table->account.reachable > table->account.reachable_peak)
-        table->account.reachable_peak = table->account.reachable;
+    update_peaks(table);
     return 0;
+}
+
+void dma_table_set_in_use(struct dma_table *table, bool in_use)
+{
+    table->in_use = in_use;
+    update_peaks(table);
 }
 
 static void remove_range(struct dma_table *table, size_t first, size_t end)

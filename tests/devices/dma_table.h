@@ -46,11 +46,18 @@ const struct dma_mapping *dma_table_find(const struct dma_table *table, uint64_t
 /* Note that the device accessed [iova, iova + length). mapping (may be NULL) holds it. */
 void dma_table_touch(struct dma_table *table, const struct dma_mapping *mapping, uint64_t iova, uint64_t length);
 
+/*
+ * The device is used or not: what is mapped while nobody uses it (all of memory, before a guest set up translation)
+ * says nothing about a driver's mappings, so there is a peak of its own for the time of use.
+ */
+void dma_table_set_in_use(struct dma_table *table, bool in_use);
+
 struct dma_account {
     uint64_t mappings;        /* now */
     uint64_t mappings_peak;
     uint64_t reachable;       /* bytes, now */
     uint64_t reachable_peak;
+    uint64_t in_use_peak;     /* bytes, while the device was in use */
     uint64_t touched;         /* distinct pages touched so far, in bytes; over all clients */
 };
 

@@ -233,6 +233,7 @@ static void reset(struct vfu_server *server)
 {
     server->epoch++;
     pci_config_reset(&server->config);
+    dma_table_set_in_use(server->dma, false);
     irqs_set_intx(&server->irqs, false);
     server->ops->reset(server->device);
 }
@@ -282,6 +283,8 @@ static int do_region_write(struct vfu_server *server, const struct request *requ
                                         : server->ops->write(server->device, offset, data, count);
     if (reset_asked)
         reset(server);
+    if (error == 0 && region == CONFIG_REGION)
+        dma_table_set_in_use(server->dma, pci_config_bus_master(&server->config));
     return reply(server, request, error, server->payload, VFU_REGION_IO_SIZE);
 }
 

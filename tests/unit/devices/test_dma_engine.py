@@ -153,6 +153,23 @@ def test_a_transfer_over_the_edge_of_a_mapping_is_split(engine: Device) -> None:
     assert memory.log[0] == (DMA_READ, 0x2000, 2)
 
 
+def test_the_peak_in_use_leaves_out_what_was_mapped_before(engine: Device) -> None:
+    """All of memory mapped before bus mastering, and a page after, are two different peaks."""
+    with Client(engine.socket) as client:
+        client.version()
+        client.dma_map(0, 1 << 30)
+        client.dma_unmap(0, 1 << 30)
+        client.dma_map(0x1000, 0x1000)
+        client.bus_master()
+        client.dma_map(0x5000, 0x2000)
+        client.dma_unmap(0x5000, 0x2000)
+        client.bus_master(False)
+        client.dma_map(0x100000, 1 << 20)
+    summary = engine.stop()
+    assert summary["reachable_peak_bytes"] == 1 << 30
+    assert summary["in_use_peak_bytes"] == 0x3000
+
+
 def test_no_dma_without_bus_mastering(engine: Device) -> None:
     """A command waits until the function may be a master."""
     with shared_memory(0x1000) as (fd, mapped), Client(engine.socket) as client:
