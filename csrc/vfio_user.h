@@ -96,7 +96,6 @@ struct viommu_vfio_user {
     unsigned deferred_count;
     pthread_t thread;
     bool started;                     /* control plane: to be joined */
-    atomic_bool running;
     atomic_bool stop;
 };
 

@@ -111,6 +111,8 @@ static void use_table(struct viommu_vfio_user *user, struct guest_memory *before
     guest_memory_guard(user->memory.table);
     guest_memory_free(before);
     count_set(&user->stats.memory_bytes, user->memory.bytes);
+    if (user->memory.bytes > user->stats.peak_memory_bytes)
+        count_set(&user->stats.peak_memory_bytes, user->memory.bytes);
 }
 
 /* 0 or a positive errno. On success *deferred is in use if the server has been told. */

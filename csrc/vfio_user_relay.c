@@ -383,8 +383,6 @@ static void *run(void *arg)
     (void)prctl(PR_SET_NAME, "viommu-relay");
     relay(user);
     end(user);
-    atomic_store(&user->running, false);
-    (void)eventfd_write(user->event, 1);
     return NULL;
 }
 
@@ -490,14 +488,18 @@ int viommu_vfio_user_connect(struct viommu_vfio_user *user, int client_fd, int s
                              const struct viommu_vfio_user_limits *limits)
 {
     struct vfio_user_link client, server;
+    bool ended;
     int rc;
 
     if (limits->max_transfer < MIN_TRANSFER || limits->max_transfer > MAX_TRANSFER || limits->max_fds == 0 ||
         limits->max_dma_maps == 0)
         return -EINVAL;
-    if (atomic_load(&user->running))
+    (void)pthread_mutex_lock(&user->lock);
+    ended = user->state == VIOMMU_VFIO_USER_ABSENT;
+    (void)pthread_mutex_unlock(&user->lock);
+    if (!ended)
         return -EBUSY;
-    viommu_vfio_user_disconnect(user); /* has ended: only to be joined */
+    viommu_vfio_user_disconnect(user); /* its thread, if there was one, is about to end */
     rc = open_link(&client, client_fd, limits);
     if (rc != 0)
         return rc;
@@ -527,7 +529,6 @@ int viommu_vfio_user_connect(struct viommu_vfio_user *user, int client_fd, int s
     count_set(&user->stats.state, user->state);
     count_add(&user->stats.connections, 1);
     atomic_store(&user->stop, false);
-    atomic_store(&user->running, true);
     user->started = true;
     rc = start_thread(user);
     if (rc == 0) {
@@ -535,7 +536,6 @@ int viommu_vfio_user_connect(struct viommu_vfio_user *user, int client_fd, int s
         return 0;
     }
     user->started = false;
-    atomic_store(&user->running, false);
     user->state = VIOMMU_VFIO_USER_ABSENT;
     count_set(&user->stats.state, user->state);
     user->client.fd = user->server.fd = -1;

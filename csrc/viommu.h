@@ -302,7 +302,8 @@ struct viommu_vfio_user_stats {
     uint64_t writes;
     uint64_t write_bytes;
     uint64_t refused;             /* DMA_READs and DMA_WRITEs refused */
-    uint64_t memory_bytes;        /* guest memory the client shared */
+    uint64_t memory_bytes;        /* guest memory the client shares now, and at most so far */
+    uint64_t peak_memory_bytes;
     uint64_t reachable_bytes;     /* of it mapped for the endpoint now, and at most so far */
     uint64_t peak_reachable_bytes;
 };

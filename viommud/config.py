@@ -15,6 +15,7 @@ import msgspec
 from viommud.errors import UsageError
 from viommud.schema import U64_MAX, convert
 from viommud.topology.section import TopologySection
+from viommud.vfio_user.config import VfioUserSection
 
 T = TypeVar("T")
 U32_MAX = (1 << 32) - 1
@@ -112,6 +113,8 @@ class Endpoint(Section, frozen=True, kw_only=True):
     """A PCI function "00:02.0" or "0000:00:02.0", a number, or two of them as a range "01:00.0-01:1f.7"."""
     reserved: tuple[ReservedRegion, ...] = ()
     """Further reserved regions; one of type "msi" takes the place of device.msi."""
+    vfio_user: VfioUserSection | None = None
+    """The device is another process, and its DMA is translated."""
 
 
 class Config(Section, frozen=True, kw_only=True):

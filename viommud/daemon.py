@@ -13,8 +13,10 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 from structlog.typing import FilteringBoundLogger
@@ -28,7 +30,8 @@ from viommud.log import RateLimiter, configure
 from viommud.options import Options
 from viommud.report import ENDPOINTS_REMEMBERED, Reporter, feature_names
 from viommud.service import notify
-from viommud.sockets import VhostSocket, acquire
+from viommud.sockets import VhostSocket, acquire, listen_at
+from viommud.vfio_user.relay import Relay
 from viommud.vhost_user.errors import RemoteProtocolError
 from viommud.vhost_user.features import VHOST_USER_BITS
 from viommud.vhost_user.serve import serve
@@ -54,14 +57,20 @@ def run_daemon(options: Options, setup: DeviceSetup) -> int:
     log = configure(options.log_level, options.log_format)
     # From here on a signal is an orderly end; until the daemon can take it, it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
-    engine = make_engine(setup)
-    try:
-        vhost_socket = acquire(options)
-    except BaseException:
-        engine.close()
-        raise
-    with vhost_socket:
-        return trio.run(Daemon(setup, vhost_socket, log, keep_listening=options.keep_listening).run, engine)
+    with ExitStack() as stack:
+        engine = make_engine(setup)
+        try:
+            vhost_socket = stack.enter_context(acquire(options))
+            device_sockets = {
+                entry.first: stack.enter_context(listen_at(Path(entry.vfio_user.listen), "vfio-user.listen"))
+                for entry in setup.endpoints
+                if entry.vfio_user is not None
+            }
+        except BaseException:
+            engine.close()
+            raise
+        daemon = Daemon(setup, vhost_socket, log, keep_listening=options.keep_listening, device_sockets=device_sockets)
+        return trio.run(daemon.run, engine)
 
 
 def make_engine(setup: DeviceSetup) -> Engine:
@@ -73,7 +82,17 @@ def make_engine(setup: DeviceSetup) -> Engine:
         engine = Engine(setup.settings, setup.topology)
         try:
             for entry in setup.endpoints:
-                engine.add_endpoints(entry.first, entry.last, entry.reserved)
+                if entry.vfio_user is None:
+                    engine.add_endpoints(entry.first, entry.last, entry.reserved)
+                else:
+                    engine.add_vfio_user(
+                        entry.first,
+                        entry.reserved,
+                        shared=entry.vfio_user.mode == "shared",
+                        timeout_ms=entry.vfio_user.timeout_ms,
+                        reply_timeout_ms=entry.vfio_user.reply_timeout_ms,
+                        spin_us=entry.vfio_user.spin_us,
+                    )
         except BaseException:
             engine.close()
             raise
@@ -92,6 +111,8 @@ class Daemon:
     vhost_socket: VhostSocket
     log: FilteringBoundLogger
     keep_listening: bool = False
+    device_sockets: Mapping[int, VhostSocket] = field(default_factory=dict)
+    """By endpoint: where the vfio-user client of its device connects."""
     _limiter: RateLimiter = field(default_factory=RateLimiter)
     _successor: trio.socket.SocketType | None = None
     """A front-end that came when the one before had just gone."""
@@ -152,7 +173,10 @@ class Daemon:
             endpoints=self.setup.summary,
             features=feature_names(self.setup.settings.features),
         )
-        self.log.info("state-only", hint="keeps state only, translates for no device")
+        if self.device_sockets:
+            self.log.info("translating", endpoints=[show(endpoint) for endpoint in self.device_sockets])
+        else:
+            self.log.info("state-only", hint="keeps state only, translates for no device")
 
     async def _next_front_end(self, listener: trio.socket.SocketType) -> trio.socket.SocketType:
         successor, self._successor = self._successor, None
@@ -198,6 +222,7 @@ class Daemon:
             self.log.info("client-connected", **_peer(connection))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch_records, engine, reporter)
+                self._start_relays(nursery, engine)
                 try:
                     await serve(connection, engine, self.log, on_session=sessions.append)
                 except RemoteProtocolError as error:
@@ -216,6 +241,16 @@ class Daemon:
             self._summarise(engine, reporter, sessions, broken, time.monotonic() - started)
             engine.close()
         return EXIT_OK if broken is None else EXIT_CONNECTION_BROKEN
+
+    def _start_relays(self, nursery: trio.Nursery, engine: Engine) -> None:
+        """Devices of other processes come and go while the front-end is there."""
+        sections = {entry.first: entry.vfio_user for entry in self.setup.endpoints}
+        granule = engine.settings.page_size_mask & -engine.settings.page_size_mask
+        for user in engine.vfio_users:
+            section = sections[user.endpoint]
+            assert section is not None
+            listener = trio.socket.from_stdlib_socket(self.device_sockets[user.endpoint].sock)
+            nursery.start_soon(Relay(user, section, granule, self.log).run, listener)
 
     def _summarise(
         self, engine: Engine, reporter: Reporter, sessions: list[Session], broken: str | None, seconds: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -9,12 +10,16 @@ from viommud.config import Config, Device, Endpoint
 from viommud.endpoint_id import parse_endpoints
 from viommud.schema import U64_MAX, Wrong
 from viommud.settings import Feature, Personality, Reserved, ReservedKind, Settings
+from viommud.vfio_user.config import VfioUserSection
 
 DEFAULT_GRANULE = 4096
 RESV_MEM_BYTES = 24
 """What one reserved region takes of probe_size: header and value of the RESV_MEM property."""
 PCI_SEGMENT_LAST = 0xFFFF
 """Last endpoint ID of PCI segment 0; an ID is bus << 8 | device << 3 | function."""
+
+SOCKET_PATH_MAX = 107
+"""Bytes of a socket's path: sun_path with its zero."""
 
 PERSONALITIES = {"1.x": Personality.V1_X, "0.9": Personality.V0_9, "0.5": Personality.V0_5}
 
@@ -34,6 +39,8 @@ class EndpointRange:
     first: int
     last: int
     reserved: tuple[Reserved, ...] = ()
+    vfio_user: VfioUserSection | None = None
+    """Only for a single endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +195,30 @@ def _endpoints(config: Config) -> tuple[EndpointRange, ...]:
         for other_index, other in enumerate(ranges):
             if first <= other.last and other.first <= last:
                 raise Wrong(f"{key}.id", endpoint.id, f"apart from the endpoints of endpoint[{other_index}]")
-        ranges.append(EndpointRange(first, last, _reserved(endpoint, key, default, config.device.probe_size)))
+        if endpoint.vfio_user is not None:
+            _check_vfio_user(endpoint.vfio_user, f"{key}.vfio-user", first, last, ranges)
+        reserved = _reserved(endpoint, key, default, config.device.probe_size)
+        ranges.append(EndpointRange(first, last, reserved, endpoint.vfio_user))
     count = sum(entry.last - entry.first + 1 for entry in ranges)
     if count > config.limits.endpoints:
         raise Wrong("limits.endpoints", config.limits.endpoints, f"at least {count}, the endpoints that are configured")
     return tuple(ranges)
+
+
+def _check_vfio_user(section: VfioUserSection, key: str, first: int, last: int, others: list[EndpointRange]) -> None:
+    if first != last:
+        raise Wrong(key, f"{first:#x}-{last:#x}", "a table of a single endpoint: a client is one device")
+    for name, path in (("listen", section.listen), ("server", section.server)):
+        size = len(os.fsencode(path))
+        if not 0 < size <= SOCKET_PATH_MAX or "\0" in path:
+            raise Wrong(f"{key}.{name}", path, f"the path of a socket, 1 to {SOCKET_PATH_MAX} bytes")
+    if section.listen == section.server:
+        raise Wrong(f"{key}.server", section.server, "another socket than listen")
+    for index, other in enumerate(others):
+        if other.vfio_user is not None and section.listen in (other.vfio_user.listen, other.vfio_user.server):
+            raise Wrong(f"{key}.listen", section.listen, f"apart from the sockets of endpoint[{index}]")
+        if other.vfio_user is not None and section.server == other.vfio_user.listen:
+            raise Wrong(f"{key}.server", section.server, f"apart from the socket that endpoint[{index}] listens on")
 
 
 def _msi_region(device: Device) -> Reserved | None:

@@ -91,6 +91,87 @@ class Stats:
     asleep: bool
 
 
+class VfioUserState(IntEnum):
+    """Where the connection of a vfio-user endpoint is."""
+
+    ABSENT = lib.VIOMMU_VFIO_USER_ABSENT
+    UP = lib.VIOMMU_VFIO_USER_UP
+    FAILED = lib.VIOMMU_VFIO_USER_FAILED
+
+
+CUT_OFF_CAUSES = {
+    0: None,
+    lib.VIOMMU_VFIO_USER_GONE: "it closed the connection",
+    lib.VIOMMU_VFIO_USER_PROTOCOL: "it broke the protocol",
+    lib.VIOMMU_VFIO_USER_REFUSED: "it answered DMA_MAP or DMA_UNMAP with an error",
+    lib.VIOMMU_VFIO_USER_TIMEOUT: "it did not give up a mapping, or take messages, in time",
+    lib.VIOMMU_VFIO_USER_SILENT: "it did not answer a request in time",
+    lib.VIOMMU_VFIO_USER_LIMIT: "it cannot keep as many mappings as memory now needs",
+    lib.VIOMMU_VFIO_USER_NOMEM: "there was no memory for a message to it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VfioUserStats:
+    """Counters of a vfio-user endpoint; fields as in struct viommu_vfio_user_stats."""
+
+    state: VfioUserState
+    cause: str | None
+    """Why the server was cut off last."""
+    failures: int
+    connections: int
+    requests: int
+    replies: int
+    errors: int
+    answered: int
+    strays: int
+    maps: int
+    unmaps: int
+    reads: int
+    read_bytes: int
+    writes: int
+    write_bytes: int
+    refused: int
+    memory_bytes: int
+    peak_memory_bytes: int
+    reachable_bytes: int
+    peak_reachable_bytes: int
+
+
+class VfioUser:
+    """An endpoint whose device is another process.  Lives as long as its engine."""
+
+    def __init__(self, handle: Any, endpoint: int) -> None:
+        self._handle = handle
+        self.endpoint = endpoint
+        self.event_fd: int = lib.viommu_vfio_user_event_fd(handle)
+        """An eventfd, written whenever the state changes."""
+
+    def connect(self, client_fd: int, server_fd: int, limits: Any) -> None:
+        """Relay between two sockets that have exchanged VERSION; both stay the caller's.
+
+        :param limits: has max_fds, max_dma_maps and max_transfer.
+        :raises OSError: the connection before has not ended, or the host lacks something.
+        """
+        raw = ffi.new("struct viommu_vfio_user_limits *")
+        raw.max_fds, raw.max_dma_maps, raw.max_transfer = limits.max_fds, limits.max_dma_maps, limits.max_transfer
+        rc = lib.viommu_vfio_user_connect(self._handle, client_fd, server_fd, raw)
+        if rc != 0:
+            raise OSError(-rc, os.strerror(-rc))
+
+    def disconnect(self) -> None:
+        """End the connection, if there is one."""
+        lib.viommu_vfio_user_disconnect(self._handle)
+
+    def stats(self) -> VfioUserStats:
+        """Counters, read without stopping anything."""
+        raw = ffi.new("struct viommu_vfio_user_stats *")
+        lib.viommu_vfio_user_stats(self._handle, raw)
+        plain: dict[str, Any] = {f.name: getattr(raw, f.name) for f in fields(VfioUserStats)}
+        plain["state"], plain["cause"] = VfioUserState(raw.state), CUT_OFF_CAUSES[raw.cause]
+        return VfioUserStats(**plain)
+
+
 @dataclass(frozen=True, slots=True)
 class EndpointInfo:
     """An endpoint that the guest has named."""
@@ -153,6 +234,22 @@ class EngineRegion:
             self._handle = None
 
 
+def _reserved(reserved: Sequence[Reserved]) -> Any:
+    raw = ffi.new("struct viommu_reserved[]", max(len(reserved), 1))
+    for entry, region in zip(raw, reserved, strict=False):
+        entry.first, entry.last, entry.subtype = region.first, region.last, int(region.kind)
+    return raw
+
+
+def _check_added(rc: int, first: int, last: int) -> None:
+    if rc == -errno.EEXIST:
+        raise ValueError(f"an endpoint of {first:#x}-{last:#x} exists already")
+    if rc == -errno.EINVAL:
+        raise ValueError(f"the reserved regions of endpoints {first:#x}-{last:#x} cannot be described")
+    if rc != 0:
+        raise OSError(-rc, os.strerror(-rc))
+
+
 def _fd(fd: int | None) -> int:
     return -1 if fd is None else fd
 
@@ -178,6 +275,8 @@ class Engine:
             raise OSError(-rc, os.strerror(-rc))
         self._engine: Any = out[0]
         self.settings = settings
+        self.vfio_users: list[VfioUser] = []
+        """Endpoints whose devices are other processes, in the order they were added."""
         self._topology = topology
         self._driver_features = 0
         self.record_fd: int = lib.viommu_engine_record_fd(self._engine)
@@ -200,16 +299,33 @@ class Engine:
 
         :raises ValueError: one exists already, regions overlap, or they do not fit into probe_size bytes.
         """
-        raw = ffi.new("struct viommu_reserved[]", max(len(reserved), 1))
-        for entry, region in zip(raw, reserved, strict=False):
-            entry.first, entry.last, entry.subtype = region.first, region.last, int(region.kind)
-        rc = lib.viommu_engine_add_endpoints(self._engine, first, last, raw, len(reserved))
-        if rc == -errno.EEXIST:
-            raise ValueError(f"an endpoint of {first:#x}-{last:#x} exists already")
-        if rc == -errno.EINVAL:
-            raise ValueError(f"the reserved regions of endpoints {first:#x}-{last:#x} cannot be described")
-        if rc != 0:
-            raise OSError(-rc, os.strerror(-rc))
+        rc = lib.viommu_engine_add_endpoints(self._engine, first, last, _reserved(reserved), len(reserved))
+        _check_added(rc, first, last)
+
+    def add_vfio_user(
+        self,
+        endpoint: int,
+        reserved: Sequence[Reserved] = (),
+        *,
+        shared: bool,
+        timeout_ms: int,
+        reply_timeout_ms: int,
+        spin_us: int = 0,
+    ) -> VfioUser:
+        """An endpoint whose device is another process; it has no connection yet.
+
+        :param shared: the server is given the files of guest memory.
+        :raises ValueError: as for add_endpoints().
+        """
+        raw = ffi.new("struct viommu_vfio_user_settings *")
+        raw.endpoint = endpoint
+        raw.mode = lib.VIOMMU_VFIO_USER_SHARED if shared else lib.VIOMMU_VFIO_USER_STRICT
+        raw.timeout_ms, raw.reply_timeout_ms, raw.spin_us = timeout_ms, reply_timeout_ms, spin_us
+        out = ffi.new("struct viommu_vfio_user **")
+        rc = lib.viommu_vfio_user_new(self._engine, raw, _reserved(reserved), len(reserved), out)
+        _check_added(rc, endpoint, endpoint)
+        self.vfio_users.append(VfioUser(out[0], endpoint))
+        return self.vfio_users[-1]
 
     # ---------------------------------------------------------------------------------- what a session asks for
 

@@ -75,6 +75,14 @@ def acquire(options: Options, environ: MutableMapping[str, str] = os.environ) ->
     return found
 
 
+def listen_at(path: Path, key: str) -> VhostSocket:
+    """A socket at a path that the configuration names at a key; for the user of this process alone.
+
+    :raises UsageError: there can be none.
+    """
+    return _bind(path, None, None, f"{key} = ")
+
+
 def _choose(passed: list[tuple[str, int]]) -> int:
     if len(passed) == 1:
         return passed[0][1]
@@ -111,7 +119,7 @@ def _adopt(number: int, described: str) -> VhostSocket:
     return VhostSocket(sock, listening, described)
 
 
-def _bind(path: Path, group: str | None, mode: int | None) -> VhostSocket:
+def _bind(path: Path, group: str | None, mode: int | None, named: str = "--socket-path ") -> VhostSocket:
     gid = -1 if group is None else _group_id(group)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     bound = None
@@ -131,7 +139,7 @@ def _bind(path: Path, group: str | None, mode: int | None) -> VhostSocket:
         sock.listen(_BACKLOG)
     except OSError as error:
         VhostSocket(sock, True, str(path), bound).close()
-        raise UsageError(f"--socket-path {path}: {_bind_problem(path, error)}") from error
+        raise UsageError(f"{named}{path}: {_bind_problem(path, error)}") from error
     return VhostSocket(sock, True, str(path), bound)
 
 
