@@ -19,7 +19,7 @@ from typing import Literal
 
 from vm import assets, description, initramfs
 from vm.assets import Architecture
-from vm.qemu import PATIENCE, Qemu, QemuError
+from vm.qemu import PATIENCE, Qemu, QemuError, wait_for_socket
 
 IOMMU = "00:01.0"
 """Where the IOMMU is, in every guest."""
@@ -263,7 +263,9 @@ def _iommu(
         base, tree = directory / "base.dtb", directory / "guest.dtb"
         description.dump(emulator, machine, [*board, "-serial", "null"], base)
         description.add_iommu(config, base, tree)
+        wait_for_socket(socket_path)
         return [*options, "-dtb", str(tree)]
     table = directory / "viot.aml"
     description.write_viot(config, table)
+    wait_for_socket(socket_path)
     return [*options, "-acpitable", f"file={table}"]

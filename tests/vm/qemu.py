@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,18 @@ PATIENCE = 120.0
 
 class QemuError(Exception):
     """QEMU did not do what it should; the message has what it said."""
+
+
+def wait_for_socket(path: Path, seconds: float = PATIENCE) -> None:
+    """Wait until a back-end has made its socket, since QEMU does not.
+
+    :raises QemuError: it has not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise QemuError(f"the back-end did not make its socket {path} within {seconds:g} s")
+        time.sleep(0.005)
 
 
 class Qemu:
@@ -60,7 +73,7 @@ class Qemu:
                 *emulator.command,
                 *("-display", "none", "-nodefaults", "-no-user-config"),
                 *options,
-                *("-mon", "chardev=qmp,mode=control"),
+                *("-qmp", "chardev:qmp"),
                 *arguments,
             )
             with self.log.open("wb") as log:
