@@ -26,6 +26,22 @@ struct viommu_engine {
     struct viommu_stats stats; /* the worker's */
 };
 
+/*
+ * Stop the worker at a request boundary. What this thread touches of guest memory until it resumes is guarded as the
+ * worker's accesses are; which engine's it is changes from call to call.
+ */
+static void quiesce(struct viommu_engine *engine)
+{
+    worker_park(&engine->worker);
+    guest_memory_guard(engine->memory);
+}
+
+static void resume(struct viommu_engine *engine)
+{
+    guest_memory_guard(NULL);
+    worker_unpark(&engine->worker);
+}
+
 unsigned viommu_abi_version(void)
 {
     return VIOMMU_ABI;
@@ -114,7 +130,6 @@ void viommu_engine_free(struct viommu_engine *engine)
     }
     records_free(engine->worker.records);
     fault_queue_free(engine->worker.faults);
-    guest_memory_guard(NULL);
     guest_memory_free(engine->memory);
     dirty_log_unmap(&engine->log);
     shared_map_close(&engine->inflight_map);
@@ -126,9 +141,9 @@ int viommu_engine_add_endpoints(struct viommu_engine *engine, uint32_t first, ui
 {
     int rc;
 
-    worker_park(&engine->worker);
+    quiesce(engine);
     rc = iommu_add_endpoints(&engine->iommu, first, last, reserved, count, stage2_none());
-    worker_unpark(&engine->worker);
+    resume(engine);
     return rc;
 }
 
@@ -146,9 +161,9 @@ int viommu_vfio_user_new(struct viommu_engine *engine, const struct viommu_vfio_
 
     if (rc != 0)
         return rc;
-    worker_park(&engine->worker);
+    quiesce(engine);
     rc = iommu_add_endpoints(&engine->iommu, settings->endpoint, settings->endpoint, reserved, count, &user->stage2);
-    worker_unpark(&engine->worker);
+    resume(engine);
     if (rc != 0) {
         vfio_user_free(user);
         return rc;
@@ -174,7 +189,7 @@ static void relocate(struct viommu_engine *engine, uint32_t index)
     if (!queue->running)
         return;
     ring.base = virtqueue_base(&before);
-    if (virtqueue_init(&queue->vq, &ring, engine->iommu.features, engine->memory, before.inflight) == 0) {
+    if (virtqueue_init(&queue->vq, &ring, queue->features, engine->memory, before.inflight) == 0) {
         queue->vq.next_used = before.next_used;
         queue->vq.signalled = before.signalled;
         return;
@@ -194,17 +209,18 @@ int viommu_engine_set_memory(struct viommu_engine *engine, struct viommu_region 
 
     if (rc != 0)
         return rc;
-    worker_park(&engine->worker);
+    quiesce(engine);
     rc = iommu_set_memory(&engine->iommu, memory);
     if (rc == 0) {
         memory->log = before->log;
+        memory->inflight = before->inflight;
         engine->memory = memory;
         engine->worker.memory = memory;
         guest_memory_guard(memory);
         for (uint32_t i = 0; i < VIOMMU_QUEUES; i++)
             relocate(engine, i);
     }
-    worker_unpark(&engine->worker);
+    resume(engine);
     guest_memory_free(rc == 0 ? before : memory);
     return rc;
 }
@@ -216,20 +232,20 @@ int viommu_engine_set_log(struct viommu_engine *engine, int fd, uint64_t size, u
 
     if (rc != 0)
         return rc;
-    worker_park(&engine->worker);
+    quiesce(engine);
     engine->log = log;
     engine->memory->log = engine->logging && log.map.start != NULL ? &engine->log : NULL;
-    worker_unpark(&engine->worker);
+    resume(engine);
     dirty_log_unmap(&before);
     return 0;
 }
 
 void viommu_engine_set_logging(struct viommu_engine *engine, bool on)
 {
-    worker_park(&engine->worker);
+    quiesce(engine);
     engine->logging = on;
     engine->memory->log = on && engine->log.map.start != NULL ? &engine->log : NULL;
-    worker_unpark(&engine->worker);
+    resume(engine);
 }
 
 /* ------------------------------------------------------------------------------------------------------- queues */
@@ -238,9 +254,9 @@ int viommu_engine_set_features(struct viommu_engine *engine, uint64_t features)
 {
     if ((features & ~engine->iommu.settings.features) != 0)
         return -EINVAL;
-    worker_park(&engine->worker);
+    quiesce(engine);
     iommu_set_features(&engine->iommu, features);
-    worker_unpark(&engine->worker);
+    resume(engine);
     return 0;
 }
 
@@ -248,6 +264,20 @@ static int duplicate(int fd, int *out)
 {
     *out = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 3);
     return fd >= 0 && *out < 0 ? -errno : 0;
+}
+
+/*
+ * An eventfd that the worker writes. It must not have to wait when nobody reads it: the front-end's own flag, which
+ * any sane one sets itself.
+ */
+static int duplicate_signal(int fd, int *out)
+{
+    int rc = duplicate(fd, out);
+    int flags = rc == 0 && *out >= 0 ? fcntl(*out, F_GETFL) : -1;
+
+    if (flags >= 0 && (flags & O_NONBLOCK) == 0)
+        (void)fcntl(*out, F_SETFL, flags | O_NONBLOCK);
+    return rc;
 }
 
 /* The in-flight memory of one queue, or NULL. */
@@ -275,11 +305,10 @@ int viommu_queue_start(struct viommu_engine *engine, uint32_t index, const struc
     if (queue->ring.size != 0)
         return -EBUSY;
     mine.kick = mine.call = mine.err = -1;
-    if ((rc = duplicate(ring->kick, &mine.kick)) != 0 || (rc = duplicate(ring->call, &mine.call)) != 0 ||
-        (rc = duplicate(ring->err, &mine.err)) != 0)
+    if ((rc = duplicate(ring->kick, &mine.kick)) != 0 || (rc = duplicate_signal(ring->call, &mine.call)) != 0 ||
+        (rc = duplicate_signal(ring->err, &mine.err)) != 0)
         goto fail;
-    worker_park(&engine->worker);
-    guest_memory_guard(engine->memory);
+    quiesce(engine);
     rc = virtqueue_init(&vq, ring, engine->iommu.features, engine->memory, inflight_of(engine, index, ring->size));
     if (rc == 0) {
         queue->ring = mine;
@@ -287,13 +316,14 @@ int viommu_queue_start(struct viommu_engine *engine, uint32_t index, const struc
         if (rc == 0) {
             queue->vq = vq;
             queue->base = ring->base;
+            queue->features = engine->iommu.features;
             queue->running = true;
             virtqueue_want_kick(&queue->vq, false); /* the worker looks for itself before it first sleeps */
         } else {
             queue->ring = (struct viommu_ring){0};
         }
     }
-    worker_unpark(&engine->worker);
+    resume(engine);
     if (rc == 0)
         return 0;
 fail:
@@ -309,13 +339,13 @@ int viommu_queue_stop(struct viommu_engine *engine, uint32_t index, uint32_t *ba
         return -EINVAL;
     queue = &engine->worker.queues[index];
     if (queue->ring.size != 0) {
-        worker_park(&engine->worker);
+        quiesce(engine);
         if (queue->running)
             virtqueue_want_kick(&queue->vq, true); /* leave the ring as a driver expects it of a device that sleeps */
         queue->base = virtqueue_base(&queue->vq);
         queue->running = false;
         worker_unwatch(&engine->worker, index);
-        worker_unpark(&engine->worker);
+        resume(engine);
         close_ring(&queue->ring);
         memset(&queue->ring, 0, sizeof(queue->ring));
     }
@@ -333,16 +363,16 @@ static int replace_fd(struct viommu_engine *engine, uint32_t index, int fd, bool
     queue = &engine->worker.queues[index];
     if (queue->ring.size == 0)
         return -ENOENT;
-    rc = duplicate(fd, &mine);
+    rc = duplicate_signal(fd, &mine);
     if (rc != 0)
         return rc;
-    worker_park(&engine->worker);
+    quiesce(engine);
     before = call ? queue->ring.call : queue->ring.err;
     if (call)
         queue->ring.call = mine;
     else
         queue->ring.err = mine;
-    worker_unpark(&engine->worker);
+    resume(engine);
     if (before >= 0)
         (void)close(before);
     return 0;
@@ -365,10 +395,10 @@ int viommu_queue_set_log(struct viommu_engine *engine, uint32_t index, bool logg
     if (index >= VIOMMU_QUEUES)
         return -EINVAL;
     queue = &engine->worker.queues[index];
-    worker_park(&engine->worker);
+    quiesce(engine);
     queue->ring.logged = queue->vq.logged = logged;
     queue->ring.log_addr = queue->vq.log_addr = log_addr;
-    worker_unpark(&engine->worker);
+    resume(engine);
     return 0;
 }
 
@@ -379,7 +409,10 @@ int viommu_queue_looks_used(struct viommu_engine *engine, const struct viommu_ri
 
     guest_memory_guard(engine->memory);
     rc = virtqueue_init(&vq, ring, engine->iommu.features, engine->memory, NULL);
-    return rc != 0 ? rc : virtqueue_looks_used(&vq);
+    if (rc == 0)
+        rc = virtqueue_looks_used(&vq);
+    guest_memory_guard(NULL);
+    return rc;
 }
 
 uint64_t viommu_inflight_size(uint32_t queues, uint32_t queue_size)
@@ -406,8 +439,11 @@ int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t si
         if (rc != 0)
             return rc;
     }
+    quiesce(engine);
     shared_map_close(&engine->inflight_map);
     engine->inflight_map = map;
+    engine->memory->inflight = map.start != NULL ? &engine->inflight_map : NULL;
+    resume(engine);
     engine->inflight = region;
     engine->inflight_queues = queues;
     engine->inflight_queue_size = queue_size;
@@ -418,11 +454,11 @@ int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t si
 
 void viommu_engine_reset(struct viommu_engine *engine)
 {
-    worker_park(&engine->worker);
+    quiesce(engine);
     iommu_reset(&engine->iommu);
     fault_clear(engine->worker.faults);
     engine->worker.needs_reset = false;
-    worker_unpark(&engine->worker);
+    resume(engine);
 }
 
 bool viommu_engine_bypass(struct viommu_engine *engine)
@@ -432,9 +468,9 @@ bool viommu_engine_bypass(struct viommu_engine *engine)
 
 int viommu_engine_set_bypass(struct viommu_engine *engine, bool bypass)
 {
-    worker_park(&engine->worker);
+    quiesce(engine);
     iommu_set_bypass(&engine->iommu, bypass);
-    worker_unpark(&engine->worker);
+    resume(engine);
     return 0;
 }
 
@@ -492,7 +528,7 @@ size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, stru
     size_t count = 0;
     uint32_t id = 0;
 
-    worker_park(&engine->worker);
+    quiesce(engine);
     while (count < max) {
         const struct endpoint *endpoint = id_table_next(&engine->iommu.endpoints, next, &id);
 
@@ -508,7 +544,7 @@ size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, stru
         count++;
         next = (uint64_t)id + 1;
     }
-    worker_unpark(&engine->worker);
+    resume(engine);
     for (size_t i = 0; i < count; i++)
         out[i].faults = fault_count(engine->worker.faults, out[i].id);
     return count;
@@ -520,7 +556,7 @@ size_t viommu_engine_domains(struct viommu_engine *engine, uint32_t from, struct
     size_t count = 0;
     uint32_t id = 0;
 
-    worker_park(&engine->worker);
+    quiesce(engine);
     while (count < max) {
         const struct domain *domain = id_table_next(&engine->iommu.domains, next, &id);
 
@@ -534,7 +570,7 @@ size_t viommu_engine_domains(struct viommu_engine *engine, uint32_t from, struct
         };
         next = (uint64_t)id + 1;
     }
-    worker_unpark(&engine->worker);
+    resume(engine);
     return count;
 }
 
@@ -544,7 +580,7 @@ int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain_id,
     const struct domain *domain;
     int64_t count = -ENOENT;
 
-    worker_park(&engine->worker);
+    quiesce(engine);
     domain = id_table_get(&engine->iommu.domains, domain_id);
     if (domain != NULL) {
         struct iova_mapping mapping;
@@ -559,7 +595,7 @@ int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain_id,
             }
         }
     }
-    worker_unpark(&engine->worker);
+    resume(engine);
     return count;
 }
 
@@ -568,8 +604,8 @@ int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uin
 {
     int rc;
 
-    worker_park(&engine->worker);
+    quiesce(engine);
     rc = iommu_translate(&engine->iommu, endpoint, iova, access, gpa);
-    worker_unpark(&engine->worker);
+    resume(engine);
     return rc;
 }

@@ -301,22 +301,24 @@ static bool replace_page(uintptr_t address, const struct shared_map *map)
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != MAP_FAILED;
 }
 
+/* Whether the address is in something the front-end can shrink: then it is readable now. */
+static bool replace(const struct guest_memory *memory, uintptr_t address)
+{
+    for (size_t i = 0; i < memory->count; i++) {
+        if (replace_page(address, &memory->regions[i]->map))
+            return true;
+    }
+    return (memory->log != NULL && replace_page(address, &memory->log->map)) ||
+           (memory->inflight != NULL && replace_page(address, memory->inflight));
+}
+
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     struct guest_memory *memory = guarded;
-    uintptr_t address = (uintptr_t)info->si_addr;
 
-    if (memory != NULL && info->si_code > 0) {
-        for (size_t i = 0; i < memory->count; i++) {
-            if (replace_page(address, &memory->regions[i]->map)) {
-                atomic_store_explicit(&memory->shrunk, true, memory_order_relaxed);
-                return;
-            }
-        }
-        if (memory->log != NULL && replace_page(address, &memory->log->map)) {
-            atomic_store_explicit(&memory->shrunk, true, memory_order_relaxed);
-            return;
-        }
+    if (memory != NULL && info->si_code > 0 && replace(memory, (uintptr_t)info->si_addr)) {
+        atomic_store_explicit(&memory->shrunk, true, memory_order_relaxed);
+        return;
     }
     if ((previous.sa_flags & SA_SIGINFO) != 0 && previous.sa_sigaction != NULL) {
         previous.sa_sigaction(number, info, context);

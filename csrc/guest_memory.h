@@ -42,6 +42,7 @@ struct dirty_log {
 struct guest_memory {
     size_t count;
     const struct dirty_log *log;       /* NULL: not logging */
+    const struct shared_map *inflight; /* not memory, but the front-end's to shrink as well; NULL: none */
     atomic_bool shrunk;                /* a file shrank under a mapping; seen by the SIGBUS guard */
     struct viommu_region *regions[];   /* by gpa, never overlapping */
 };

@@ -55,6 +55,22 @@ void worker_broken(struct worker *worker, uint32_t index)
     records_put(worker->records, &record);
 }
 
+static bool memory_shrunk(const struct worker *worker)
+{
+    return worker->memory != NULL && atomic_load_explicit(&worker->memory->shrunk, memory_order_relaxed);
+}
+
+/* Serve a broken queue no more; stop and start brings it back. */
+static void give_up(struct worker *worker, uint32_t index)
+{
+    struct worker_queue *queue = &worker->queues[index];
+
+    if (memory_shrunk(worker)) /* what is not there reads as zeroes: no wonder, whatever was wrong with it */
+        (void)virtqueue_break(&queue->vq, VIOMMU_BROKEN_MEMORY);
+    queue->running = false;
+    worker_broken(worker, index);
+}
+
 static void notify(struct worker *worker, struct worker_queue *queue)
 {
     if (virtqueue_publish(&queue->vq) && queue->ring.call >= 0) {
@@ -116,10 +132,8 @@ static bool serve_requests(struct worker *worker)
         count_add(&worker->stats->batches, 1);
         notify(worker, queue);
     }
-    if (rc < 0 && queue->running) {
-        queue->running = false; /* served no more; stop and start, or a reset, bring it back */
-        worker_broken(worker, VIOMMU_REQUESTQ);
-    }
+    if (rc < 0 && queue->running)
+        give_up(worker, VIOMMU_REQUESTQ);
     return served != 0;
 }
 
@@ -163,24 +177,17 @@ static bool serve_faults(struct worker *worker)
     }
     if (served != 0)
         notify(worker, queue);
-    if (rc < 0 && queue->running) {
-        queue->running = false;
-        worker_broken(worker, VIOMMU_EVENTQ);
-    }
+    if (rc < 0 && queue->running)
+        give_up(worker, VIOMMU_EVENTQ);
     return served != 0;
 }
 
 /* A file behind guest memory shrank: what the rings say can no longer be believed. */
 static void check_memory(struct worker *worker)
 {
-    if (worker->memory == NULL || !atomic_load_explicit(&worker->memory->shrunk, memory_order_relaxed))
-        return;
-    for (uint32_t i = 0; i < VIOMMU_QUEUES; i++) {
-        if (worker->queues[i].running) {
-            worker->queues[i].running = false;
-            (void)virtqueue_break(&worker->queues[i].vq, VIOMMU_BROKEN_MEMORY);
-            worker_broken(worker, i);
-        }
+    for (uint32_t i = 0; memory_shrunk(worker) && i < VIOMMU_QUEUES; i++) {
+        if (worker->queues[i].running)
+            give_up(worker, i);
     }
 }
 

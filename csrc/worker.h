@@ -22,6 +22,7 @@
 struct worker_queue {
     bool running;
     struct viommu_ring ring;   /* as it was started; fds are ours */
+    uint64_t features;         /* accepted when it was started */
     struct virtqueue vq;
     struct inflight inflight;
     uint32_t base;             /* where it stopped */
@@ -45,7 +46,7 @@ struct worker {
     struct viommu_stats *stats;
     struct spin spin;
     struct chain chain;        /* scratch of the serving loop */
-    bool needs_reset;
+    atomic_bool needs_reset;
     int epoll;
     int wake;
     atomic_bool park;
