@@ -86,7 +86,8 @@ static struct bucket *bucket_of(struct fault_queue *queue, uint32_t endpoint, ui
 static bool allowed(const struct fault_queue *queue, struct bucket *bucket, uint64_t now_ns)
 {
     uint64_t per_token = NS_PER_S / queue->rate;
-    uint64_t earned = (now_ns - bucket->filled_ns) / per_token;
+    /* Producers read their clocks before they queue for the lock, so time may go back a little. */
+    uint64_t earned = now_ns > bucket->filled_ns ? (now_ns - bucket->filled_ns) / per_token : 0;
 
     if (earned != 0) {
         bucket->filled_ns += earned * per_token;
@@ -132,8 +133,8 @@ bool fault_peek(struct fault_queue *queue, uint64_t now_ns, struct fault *out)
 {
     while (fault_waiting(queue)) {
         *out = queue->ring[atomic_load_explicit(&queue->head, memory_order_relaxed) & queue->mask];
-        if (now_ns - out->raised_ns <= queue->wait_ns)
-            return true;
+        if (out->raised_ns >= now_ns || now_ns - out->raised_ns <= queue->wait_ns)
+            return true; /* it may have been raised after the worker looked at its clock */
         fault_done(queue);
         atomic_fetch_add_explicit(&queue->dropped, 1, memory_order_relaxed);
     }
