@@ -116,9 +116,9 @@ void viommu_engine_free(struct viommu_engine *engine)
 
     if (engine == NULL)
         return;
-    worker_stop(&engine->worker);
     for (user = engine->vfio_users; user != NULL; user = user->next)
-        viommu_vfio_user_disconnect(user); /* or each might wait for its server below */
+        viommu_vfio_user_disconnect(user); /* relays wake the worker, and the worker waits for what they bring */
+    worker_stop(&engine->worker);
     for (uint32_t i = 0; i < VIOMMU_QUEUES; i++) {
         if (engine->worker.queues[i].ring.size != 0)
             close_ring(&engine->worker.queues[i].ring);
@@ -147,9 +147,25 @@ int viommu_engine_add_endpoints(struct viommu_engine *engine, uint32_t first, ui
     return rc;
 }
 
+/* Any thread, for an endpoint that exists. */
+static int queue_fault(struct viommu_engine *engine, uint32_t endpoint, uint32_t reason, uint32_t flags,
+                       uint64_t address)
+{
+    struct fault fault = {endpoint, reason, flags, address, 0};
+    struct timespec time;
+    int rc;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &time);
+    fault.raised_ns = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+    rc = fault_raise(engine->worker.faults, &fault);
+    if (rc == 0)
+        worker_wake(&engine->worker);
+    return rc;
+}
+
 static void raise_fault(void *context, uint32_t endpoint, enum fault_reason reason, uint32_t flags, uint64_t address)
 {
-    (void)viommu_engine_fault(context, endpoint, reason, flags, address);
+    (void)queue_fault(context, endpoint, reason, flags, address);
 }
 
 int viommu_vfio_user_new(struct viommu_engine *engine, const struct viommu_vfio_user_settings *settings,
@@ -482,19 +498,9 @@ bool viommu_engine_needs_reset(struct viommu_engine *engine)
 int viommu_engine_fault(struct viommu_engine *engine, uint32_t endpoint, uint32_t reason, uint32_t flags,
                         uint64_t address)
 {
-    struct fault fault = {endpoint, reason, flags, address, 0};
-    struct timespec time;
-    int rc;
-
     /* Endpoints are added before anything runs, so that another thread may look them up here. */
-    if (iommu_profile(&engine->iommu, endpoint) == NULL)
-        return -ENOENT;
-    (void)clock_gettime(CLOCK_MONOTONIC, &time);
-    fault.raised_ns = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
-    rc = fault_raise(engine->worker.faults, &fault);
-    if (rc == 0)
-        worker_wake(&engine->worker);
-    return rc;
+    return iommu_profile(&engine->iommu, endpoint) != NULL ? queue_fault(engine, endpoint, reason, flags, address)
+                                                           : -ENOENT;
 }
 
 void viommu_engine_stats(struct viommu_engine *engine, struct viommu_stats *out)

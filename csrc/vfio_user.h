@@ -32,8 +32,8 @@
 /* Bytes that may wait in a queue before its own kind of traffic has to wait. */
 #define VFIO_USER_QUEUE_FULL (1u << 20)
 /*
- * Bytes that may wait for the server before it is not read from either: what it asks for would be answered with more.
- * Well above the other limit, so that the client's traffic alone never keeps us from hearing the server.
+ * Bytes that may wait for either before the server is not read from: what it sends would become more of them. Well
+ * above the other limit, so that the client alone, busy or not reading, never keeps us from hearing the server.
  */
 #define VFIO_USER_QUEUE_DEAF (16u << 20)
 

@@ -161,7 +161,7 @@ static void cut(struct viommu_vfio_user *user, uint32_t cause)
 
 static bool deaf_to_server(const struct viommu_vfio_user *user)
 {
-    return user->client.queued >= VFIO_USER_QUEUE_FULL || user->server.queued >= VFIO_USER_QUEUE_DEAF;
+    return user->client.queued >= VFIO_USER_QUEUE_DEAF || user->server.queued >= VFIO_USER_QUEUE_DEAF;
 }
 
 static bool deaf_to_client(const struct viommu_vfio_user *user)
