@@ -70,6 +70,8 @@ class Device(Section, frozen=True, kw_only=True):
     event_idx: bool = True
     in_order: bool = False
     packed_ring: bool = False
+    config_notices: bool = False
+    """Is the front-end sent a configuration change notice when the device needs a reset?  QEMU 11.1 may crash of it."""
 
 
 class Limits(Section, frozen=True, kw_only=True):
@@ -98,6 +100,13 @@ class Worker(Section, frozen=True, kw_only=True):
     """How long it polls an empty queue before it sleeps; 0: never polls.  Never polls on a single CPU."""
 
 
+class Qemu(Section, frozen=True, kw_only=True):
+    """[qemu]: what is asked of QEMU beside the vhost-user connection."""
+
+    qmp: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Path of a QMP socket of our own: its RESET events tell a reset of the machine from one of the device."""
+
+
 class ReservedRegion(Section, frozen=True, kw_only=True):
     """IOVAs that the guest cannot map; both ends are inside."""
 
@@ -123,6 +132,7 @@ class Config(Section, frozen=True, kw_only=True):
     device: Device = Device()
     limits: Limits = Limits()
     worker: Worker = Worker()
+    qemu: Qemu = Qemu()
     endpoint: tuple[Endpoint, ...] = ()
     topology: TopologySection | None = None
 

@@ -27,7 +27,9 @@ from viommud.endpoint_id import show
 from viommud.engine import Engine
 from viommud.errors import UsageError
 from viommud.log import RateLimiter, configure
+from viommud.notices import ConfigNotices
 from viommud.options import Options
+from viommud.qmp import watch_resets
 from viommud.report import ENDPOINTS_REMEMBERED, Reporter, feature_names
 from viommud.service import notify
 from viommud.sockets import VhostSocket, acquire, listen_at
@@ -216,15 +218,28 @@ class Daemon:
         """One front-end from its first message to its end; closes connection and engine."""
         started = time.monotonic()
         sessions: list[Session] = []
-        reporter = Reporter(engine, self.log)
+        notices = ConfigNotices(
+            lambda: engine.needs_reset, lambda reason: self._limited("warning", "config-notice-failed", reason=reason)
+        )
+        reporter = Reporter(engine, self.log, on_broken_ring=notices.want)
         broken: str | None = None
         try:
             self.log.info("client-connected", **_peer(connection))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch_records, engine, reporter)
                 self._start_relays(nursery, engine)
+                if self.setup.config_notices:
+                    nursery.start_soon(notices.run)
+                if self.setup.qmp is not None:
+                    nursery.start_soon(watch_resets, self.setup.qmp, lambda: self._machine_reset(engine), self.log)
                 try:
-                    await serve(connection, engine, self.log, on_session=sessions.append)
+                    await serve(
+                        connection,
+                        engine,
+                        self.log,
+                        on_session=sessions.append,
+                        on_backend_channel=notices.adopt,
+                    )
                 except RemoteProtocolError as error:
                     broken = error.sentence
                     self.log.error("protocol-error", reason=broken, hint="the connection is closed")
@@ -241,6 +256,11 @@ class Daemon:
             self._summarise(engine, reporter, sessions, broken, time.monotonic() - started)
             engine.close()
         return EXIT_OK if broken is None else EXIT_CONNECTION_BROKEN
+
+    def _machine_reset(self, engine: Engine) -> None:
+        """The vhost-user connection shows a reset of the device; that of the machine sets bypass back as well."""
+        engine.bypass = self.setup.settings.bypass
+        self._limited("info", "machine-reset", bypass=engine.bypass)
 
     def _start_relays(self, nursery: trio.Nursery, engine: Engine) -> None:
         """Devices of other processes come and go while the front-end is there."""

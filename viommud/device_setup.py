@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 from viommud.config import Config, Device, Endpoint
 from viommud.endpoint_id import parse_endpoints
@@ -53,6 +54,10 @@ class DeviceSetup:
     """Endpoints were named by the configuration; otherwise every function of PCI segment 0 is one."""
     topology: bytes = b""
     """The topology in configuration space; empty: none there."""
+    config_notices: bool = False
+    """Send configuration change notices."""
+    qmp: Path | None = None
+    """QMP socket whose RESET events are resets of the machine."""
 
     @property
     def summary(self) -> str:
@@ -100,7 +105,12 @@ def plan(config: Config) -> DeviceSetup:
     )
     endpoints = _endpoints(config)
     return DeviceSetup(
-        settings, endpoints, named=bool(config.endpoint), topology=_builtin_topology(config, settings, endpoints)
+        settings,
+        endpoints,
+        named=bool(config.endpoint),
+        topology=_builtin_topology(config, settings, endpoints),
+        config_notices=device.config_notices,
+        qmp=None if config.qemu.qmp is None else Path(config.qemu.qmp),
     )
 
 

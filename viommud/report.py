@@ -59,11 +59,17 @@ class Reporter:
     """Turns one session's records into log lines, and keeps what its summary tells."""
 
     def __init__(
-        self, engine: Source, log: FilteringBoundLogger, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Source,
+        log: FilteringBoundLogger,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_broken_ring: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._log = log
         self._limiter = RateLimiter(clock=clock)
+        self._on_broken_ring = on_broken_ring
         self.records_lost = 0
         self.endpoints_seen: set[int] = set()
         """Endpoints that were attached at some time, at most ENDPOINTS_REMEMBERED."""
@@ -100,6 +106,7 @@ class Reporter:
             case RecordKind.REFUSED:
                 self._refused(record)
             case RecordKind.BROKEN:
+                self._on_broken_ring()
                 self._line(
                     "error",
                     "ring-broken",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import socket
+from collections import deque
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from viommud.qmp import Message, QmpError, QmpLines
 from viommud.topology.errors import TopologyError
 
 _SECONDS = 10.0
-_MAX_LINE = 16 << 20
 
 
 class Qmp:
@@ -23,7 +23,8 @@ class Qmp:
         :raises TopologyError: nobody answers there, or not as QEMU does.
         """
         self._path = path
-        self._pending = b""
+        self._lines = QmpLines()
+        self._received: deque[Message] = deque()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(_SECONDS)
@@ -51,9 +52,8 @@ class Qmp:
 
         :raises TopologyError: QEMU refuses it or does not answer.
         """
-        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
+            self._socket.sendall(self._lines.command(command, arguments))
         except OSError as error:
             raise TopologyError(f"{self._path}: QMP: {error.strerror or error}") from error
         while True:
@@ -64,20 +64,16 @@ class Qmp:
                 return answer["return"]
             # Anything else is an event.
 
-    def _receive(self) -> dict[str, Any]:
-        while b"\n" not in self._pending:
+    def _receive(self) -> Message:
+        while not self._received:
             try:
                 more = self._socket.recv(1 << 16)
             except OSError as error:
                 raise TopologyError(f"{self._path}: QMP: {error.strerror or error}") from error
-            if not more or len(self._pending) > _MAX_LINE:
-                raise TopologyError(f"{self._path}: QMP: the answer ends in the middle or does not end")
-            self._pending += more
-        line, self._pending = self._pending.split(b"\n", 1)
-        try:
-            answer = json.loads(line)
-        except ValueError as error:
-            raise TopologyError(f"{self._path}: QMP: the answer is not JSON") from error
-        if not isinstance(answer, dict):
-            raise TopologyError(f"{self._path}: QMP: the answer is no object")
-        return answer
+            if not more:
+                raise TopologyError(f"{self._path}: QMP: the answer ends in the middle")
+            try:
+                self._received += self._lines.receive(more)
+            except QmpError as error:
+                raise TopologyError(f"{self._path}: QMP: {error}") from error
+        return self._received.popleft()
