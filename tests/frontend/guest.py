@@ -30,6 +30,11 @@ class Reply:
     """The whole writable part, written or not."""
 
     @property
+    def untouched(self) -> bool:
+        """Was the buffer given back as it was, with nothing written?"""
+        return self.used_length == 0 and self.data == bytes([POISON]) * len(self.data)
+
+    @property
     def status(self) -> int:
         """Of the tail; the three bytes after it must be zero."""
         assert self.used_length == len(self.data), f"used length {self.used_length} of {len(self.data)}"
@@ -166,7 +171,7 @@ class Guest:
     def queue_request(
         self,
         readable: bytes,
-        writable: int,
+        writable: int | Sequence[int],
         *,
         queue: int = iommu.REQUEST_QUEUE,
         indirect: bool = False,
@@ -174,7 +179,7 @@ class Guest:
     ) -> tuple[int, list[Buffer]]:
         """Put one request into a ring without publishing it.
 
-        :param writable: size of the buffer for the answer.
+        :param writable: size of the buffer for the answer, or sizes of several.
         :param split: sizes of the first descriptors of the readable part; the rest is one more.
         :returns: the chain's id and its buffers.
         """
@@ -186,14 +191,20 @@ class Guest:
                     address = self.memory.allocate(len(part))
                     self.memory.write(address, part)
                     chain.append(Buffer(address, len(part)))
-        if writable:
-            address = self.memory.allocate(writable)
-            self.memory.write(address, bytes([POISON]) * writable)
-            chain.append(Buffer(address, writable, writable=True))
+        for size in [writable] if isinstance(writable, int) else writable:
+            if size:
+                address = self.memory.allocate(size)
+                self.memory.write(address, bytes([POISON]) * size)
+                chain.append(Buffer(address, size, writable=True))
         return self.rings[queue].add(chain, indirect=indirect), chain
 
     def request(
-        self, readable: bytes, writable: int = iommu.TAIL, *, indirect: bool = False, split: Sequence[int] = ()
+        self,
+        readable: bytes,
+        writable: int | Sequence[int] = iommu.TAIL,
+        *,
+        indirect: bool = False,
+        split: Sequence[int] = (),
     ) -> Reply:
         """Send one request and wait for its answer."""
         mark = self.memory.mark()
