@@ -1,0 +1,1 @@
+"""The handshake of vfio-user, by bytes and over sockets."""
