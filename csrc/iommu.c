@@ -642,15 +642,43 @@ static int tell_memory(const struct iommu *iommu, const struct profile *end, con
     return 0;
 }
 
+/* Have the domains' mappings follow memory, one domain after the other; the one that cannot ends it. */
+static int follow_memory(struct iommu *iommu, const struct guest_memory *before, const struct guest_memory *now,
+                         bool go_on)
+{
+    const struct domain *domain;
+
+    for (size_t slot = 0; (domain = id_table_each(&iommu->domains, &slot)) != NULL;) {
+        for (size_t i = 0; i < domain->binding_count; i++) {
+            const struct binding *binding = &domain->bindings[i];
+            int rc;
+
+            if (binding->stage2->ops->follow == NULL)
+                continue;
+            rc = binding->stage2->ops->follow(binding->stage2, binding->domain, domain->map, before, now);
+            if (rc != 0 && !go_on)
+                return rc;
+        }
+    }
+    return 0;
+}
+
 int iommu_set_memory(struct iommu *iommu, const struct guest_memory *memory)
 {
-    const struct profile *failed;
+    const struct guest_memory *before = iommu->memory;
+    const struct profile *failed = NULL; /* all were told */
     int rc = tell_memory(iommu, NULL, memory, &failed);
 
-    if (rc == 0)
-        iommu->memory = memory;
-    else
-        (void)tell_memory(iommu, failed, iommu->memory, NULL); /* the new one ends with this call */
+    if (rc == 0) {
+        rc = follow_memory(iommu, before, memory, false);
+        if (rc == 0) {
+            iommu->memory = memory;
+            return 0;
+        }
+    }
+    (void)tell_memory(iommu, failed, before, NULL); /* the new one ends with this call */
+    if (failed == NULL)
+        (void)follow_memory(iommu, memory, before, true);
     return rc;
 }
 

@@ -46,6 +46,12 @@ struct stage2_ops {
 
     /* Guest memory is about to become this (the one before stays valid until the call returns). */
     int (*memory)(struct stage2 *stage2, const struct guest_memory *memory);
+    /*
+     * Then, for each domain: of its mappings, those into memory that only before (which may be NULL) had stop working
+     * and those into memory that only now has begin to. NULL where memory() is all it takes.
+     */
+    int (*follow)(struct stage2 *stage2, struct stage2_domain *domain, const struct iova_map *map,
+                  const struct guest_memory *before, const struct guest_memory *now);
 };
 
 struct stage2 {

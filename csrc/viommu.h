@@ -250,6 +250,37 @@ int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uin
                             uint64_t *gpa);
 
 /*
+ * Endpoints behind the host's IOMMU, through an iommufd that is shared with the machine monitor. Where the memory in
+ * their domains comes from: the IOAS in which the monitor has all guest memory, so that no page is pinned twice, and
+ * the files of guest memory when there is no such IOAS or more than one; or always the files.
+ */
+#define VIOMMU_IOMMUFD_FROM_MONITOR 0
+#define VIOMMU_IOMMUFD_FROM_FILES 1
+
+struct viommu_iommufd_info {
+    uint32_t monitor_ioas;        /* ID of the monitor's IOAS; 0: not found, or not looked for */
+    uint32_t unsettled;           /* devices that are not where they should be, since nobody has bound them yet */
+    uint64_t bytes_from_monitor;  /* of guest memory taken over since the start, by where it came from */
+    uint64_t bytes_from_files;
+};
+
+/*
+ * The engine's iommufd; fd is duplicated. -EEXIST: it has one. -ENOTTY: fd is no iommufd. To be called before the
+ * first endpoint is added to it.
+ */
+int viommu_engine_set_iommufd(struct viommu_engine *engine, int fd, uint32_t source);
+/*
+ * An endpoint whose device is this VFIO character device, bound by the monitor to the same iommufd now or later; fd
+ * is duplicated. Otherwise as viommu_engine_add_endpoints(). -ENODEV: there is no iommufd.
+ */
+int viommu_engine_add_iommufd_endpoint(struct viommu_engine *engine, uint32_t endpoint, int fd,
+                                       const struct viommu_reserved *reserved, size_t count);
+/* The monitor shows that it has its devices: those that had to wait for it are put where they belong. */
+void viommu_engine_settle_iommufd(struct viommu_engine *engine);
+/* -ENODEV: there is no iommufd. */
+int viommu_engine_iommufd_info(struct viommu_engine *engine, struct viommu_iommufd_info *out);
+
+/*
  * A vfio-user endpoint: a device in another process. The engine stands between its client (QEMU) and its server (the
  * process): it keeps the client's DMA_MAPs as the endpoint's guest-physical memory, and the server reaches what the
  * guest mapped. One relay thread per connection, beside the worker.

@@ -1,0 +1,39 @@
+"""Build the lab and use it: see scripts/lab."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from vm.archive import ArchiveError
+
+from lab import kernel, machine, site, userland
+from lab.machine import Shape
+
+
+def main() -> int:
+    """Do what the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="scripts/lab", description="An arm64 host with KVM and an SMMUv3 in a box.")
+    parser.add_argument("--cpus", type=int, default=2, help="of the lab (default: %(default)s)")
+    what = parser.add_subparsers(metavar="COMMAND", dest="what")
+    what.add_parser("build", help="build what is not in the cache (the default)")
+    what.add_parser("shell", help="a prompt in the lab")
+    runner = what.add_parser("run", help="run a command in the lab; its exit status is this one's")
+    runner.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD")
+    arguments = parser.parse_args()
+    shape = Shape(cpus=arguments.cpus)
+    try:
+        if arguments.what == "shell":
+            return machine.shell(shape)
+        if arguments.what == "run":
+            return machine.run(arguments.words, shape)
+        for part in (kernel.image(), userland.root(), site.site()):
+            print(part)
+    except ArchiveError as error:
+        print(f"lab: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
