@@ -8,10 +8,11 @@
  *   PROBE   head, endpoint le32, reserved u8[64]; writable: properties[probe_size], tail     72
  * Up to version 0.7, ATTACH ended after a reserved le32 (16 bytes), DETACH had no domain (12 bytes), MAP carried
  * { virt, phys, size } and UNMAP { virt, size }. Those cannot be told from today's by their shape, which is why the
- * personality is the user's choice.
+ * personality is the user's choice. ATTACH and DETACH can be told: before such a personality, longer ones come from a
+ * later driver, whose DETACH would name a domain where an endpoint is expected, and are left unanswered.
  *
- * Choices where the specification leaves one: a readable part longer than its request is accepted; the tail is the
- * last four writable bytes, and writable bytes before it that no property fills are zeroed; UNMAP ignores its
+ * Choices where the specification leaves one: any other readable part longer than its request is accepted; the tail
+ * is the last four writable bytes, and writable bytes before it that no property fills are zeroed; UNMAP ignores its
  * reserved field; checks run in the order length, type, reserved and flags, domain range, endpoint, domain,
  * alignment, input range, reserved regions, overlap, stage 2.
  */
@@ -32,7 +33,7 @@
 struct layout {
     uint32_t readable[VIOMMU_REQUEST_TYPES]; /* bytes, by type */
     bool sized;             /* MAP and UNMAP carry a size where today's carry the last address */
-    bool detach_any;        /* DETACH names no domain */
+    bool detach_any;        /* DETACH names no domain; ATTACH and DETACH have this length and no other */
     uint32_t mmio_flag;     /* MAP flag for MMIO; 0: there is none */
     uint32_t ignored_flags; /* MAP flags with no meaning here */
     uint32_t fault_bytes;
@@ -217,6 +218,9 @@ int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, co
         return 0;
     outcome->type = in[0];
     if (chain->readable_bytes < layout->readable[in[0]])
+        return 0;
+    if (layout->detach_any && (in[0] == REQUEST_ATTACH || in[0] == REQUEST_DETACH) &&
+        chain->readable_bytes != layout->readable[in[0]])
         return 0;
     room = chain->writable_bytes - TAIL_BYTES;
     switch (in[0]) {
