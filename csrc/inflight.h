@@ -33,7 +33,7 @@ void inflight_init(struct inflight *inflight, uint8_t *region, uint32_t queue_si
 
 /* Find what a former process left behind; used_idx is the used index in ring memory. */
 void inflight_split_recover(struct inflight *inflight, uint16_t used_idx);
-/* The next head to do again: false when there is none. */
+/* The next head to do again: false when there is none. It is taken already. */
 bool inflight_split_resubmit(struct inflight *inflight, uint16_t *head);
 
 void inflight_split_take(struct inflight *inflight, uint16_t head);

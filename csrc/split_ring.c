@@ -145,8 +145,9 @@ static int take(struct virtqueue *vq, struct chain *chain)
     }
     return virtqueue_break(vq, VIOMMU_BROKEN_LOOP);
 taken:
-    if (!resubmitted)
-        vq->next_avail++;
+    if (resubmitted) /* counted and marked by the process that took it first, in its order */
+        return 1;
+    vq->next_avail++;
     if (vq->inflight != NULL)
         inflight_split_take(vq->inflight, chain->id);
     return 1;

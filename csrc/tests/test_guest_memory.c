@@ -379,7 +379,7 @@ static void test_foreign_fault_kills(void)
 
         (void)!freopen("/dev/null", "w", stderr); /* a sanitizer has a lot to say about it */
         guest_memory_guard(memory);
-        (void)ftruncate(fd, 0);
+        CHECK(ftruncate(fd, 0) == 0);
         other[0] = 1;
         _exit(0);
     }
