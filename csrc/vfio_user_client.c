@@ -3,10 +3,11 @@
  * the device's business and is passed on, under an ID of our own.
  */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/stat.h>
+#include <unistd.h>
 
 #include "counters.h"
 #include "vfio_user.h"
@@ -204,16 +205,22 @@ static int change_memory(struct viommu_vfio_user *user, struct vfio_user_message
     return vfio_user_answer(user, &message->header, error);
 }
 
-/* Interrupts are signalled through eventfds. A file would be memory, and memory goes to a server by DMA_MAP alone. */
-static bool has_files(const struct vfio_user_message *message)
+/*
+ * Interrupts are signalled through eventfds; any other descriptor could be memory, and memory goes to a server by
+ * DMA_MAP alone. The kernel has no call that tells an eventfd; the name of its inode does.
+ */
+static bool only_eventfds(const struct vfio_user_message *message)
 {
-    struct stat st;
+    static const char wanted[] = "anon_inode:[eventfd]";
 
     for (unsigned i = 0; i < message->fd_count; i++) {
-        if (fstat(message->fds[i], &st) != 0 || S_ISREG(st.st_mode) || S_ISDIR(st.st_mode) || S_ISBLK(st.st_mode))
-            return true;
+        char path[32], name[sizeof(wanted)];
+
+        (void)snprintf(path, sizeof(path), "/proc/self/fd/%d", message->fds[i]);
+        if (readlink(path, name, sizeof(name)) != sizeof(wanted) - 1 || memcmp(name, wanted, sizeof(wanted) - 1) != 0)
+            return false;
     }
-    return false;
+    return true;
 }
 
 static int forward(struct viommu_vfio_user *user, struct vfio_user_message *message)
@@ -261,7 +268,7 @@ int vfio_user_client_message(struct viommu_vfio_user *user, struct vfio_user_mes
         return change_memory(user, message);
     if (!rule->forward)
         return vfio_user_answer(user, &message->header, ENOTSUP);
-    if (has_files(message))
+    if (!only_eventfds(message))
         return vfio_user_answer(user, &message->header, EINVAL);
     return forward(user, message);
 }

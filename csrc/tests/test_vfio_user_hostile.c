@@ -102,8 +102,10 @@ static void descriptors_where_none_belong(void)
     rig_expect_reply(&rig, 0, 2, VFIO_USER_DMA_UNMAP, EINVAL);
     peer_send_fds(rig.clients[0], 3, VFIO_USER_DMA_MAP, 0, 0, "................................", 32, fds, 2);
     rig_expect_reply(&rig, 0, 3, VFIO_USER_DMA_MAP, EINVAL);
-    /* memory as an interrupt: it would reach the server past every check */
+    /* memory as an interrupt, or a socket: they would reach the server past every check */
     peer_send_fds(rig.clients[0], 4, VFIO_USER_DEVICE_SET_IRQS, 0, 0, "....................", 20, &rig.guest.fd, 1);
+    rig_expect_reply(&rig, 0, 4, VFIO_USER_DEVICE_SET_IRQS, EINVAL);
+    peer_send_fds(rig.clients[0], 4, VFIO_USER_DEVICE_SET_IRQS, 0, 0, "....................", 20, &rig.clients[1], 1);
     rig_expect_reply(&rig, 0, 4, VFIO_USER_DEVICE_SET_IRQS, EINVAL);
     rig_round_trip(&rig, 0);
     /* with a request of the server, with its answer to one of ours, with an answer that has none */
