@@ -7,38 +7,20 @@
 #include <unistd.h>
 
 #include "counters.h"
+#include "engine.h"
 #include "stage2_iommufd.h"
 #include "vfio_user.h"
-#include "worker.h"
 
 #define PROBE_SIZE_MAX 4096u
 
-struct viommu_engine {
-    struct worker worker;
-    struct iommu iommu;
-    struct guest_memory *memory;
-    struct dirty_log log;
-    bool logging;
-    struct shared_map inflight_map;
-    uint8_t *inflight;         /* NULL: none */
-    uint32_t inflight_queues;
-    uint32_t inflight_queue_size;
-    struct viommu_vfio_user *vfio_users;
-    struct viommu_iommufd *iommufd; /* NULL: none */
-    struct viommu_stats stats; /* the worker's */
-};
-
-/*
- * Stop the worker at a request boundary. What this thread touches of guest memory until it resumes is guarded as the
- * worker's accesses are; which engine's it is changes from call to call.
- */
-static void quiesce(struct viommu_engine *engine)
+/* Which engine's memory this thread touches changes from call to call. */
+void engine_quiesce(struct viommu_engine *engine)
 {
     worker_park(&engine->worker);
     guest_memory_guard(engine->memory);
 }
 
-static void resume(struct viommu_engine *engine)
+void engine_resume(struct viommu_engine *engine)
 {
     guest_memory_guard(NULL);
     worker_unpark(&engine->worker);
@@ -81,6 +63,7 @@ int viommu_engine_new(const struct viommu_settings *settings, struct viommu_engi
     engine->worker.memory = engine->memory;
     engine->iommu.memory = engine->memory;
     engine->worker.stats = &engine->stats;
+    engine->worker.times.every = engine->worker.times.until = settings->time_every;
     engine->worker.faults = fault_queue_new(settings);
     engine->worker.records = records_new();
     if (engine->worker.faults == NULL || engine->worker.records == NULL)
@@ -131,8 +114,10 @@ void viommu_engine_free(struct viommu_engine *engine)
         vfio_user_free(user);
     }
     stage2_iommufd_free(engine->iommufd);
+    recording_free(engine->worker.taps.recording);
     records_free(engine->worker.records);
     fault_queue_free(engine->worker.faults);
+    player_free(engine->player);
     guest_memory_free(engine->memory);
     dirty_log_unmap(&engine->log);
     shared_map_close(&engine->inflight_map);
@@ -144,9 +129,9 @@ int viommu_engine_add_endpoints(struct viommu_engine *engine, uint32_t first, ui
 {
     int rc;
 
-    quiesce(engine);
+    engine_quiesce(engine);
     rc = iommu_add_endpoints(&engine->iommu, first, last, reserved, count, stage2_none());
-    resume(engine);
+    engine_resume(engine);
     return rc;
 }
 
@@ -223,9 +208,9 @@ int viommu_vfio_user_new(struct viommu_engine *engine, const struct viommu_vfio_
 
     if (rc != 0)
         return rc;
-    quiesce(engine);
+    engine_quiesce(engine);
     rc = iommu_add_endpoints(&engine->iommu, settings->endpoint, settings->endpoint, reserved, count, &user->stage2);
-    resume(engine);
+    engine_resume(engine);
     if (rc != 0) {
         vfio_user_free(user);
         return rc;
@@ -271,7 +256,8 @@ int viommu_engine_set_memory(struct viommu_engine *engine, struct viommu_region 
 
     if (rc != 0)
         return rc;
-    quiesce(engine);
+    engine_quiesce(engine);
+    worker_flush(&engine->worker);
     rc = iommu_set_memory(&engine->iommu, memory);
     if (rc == 0) {
         memory->log = before->log;
@@ -281,8 +267,9 @@ int viommu_engine_set_memory(struct viommu_engine *engine, struct viommu_region 
         guest_memory_guard(memory);
         for (uint32_t i = 0; i < VIOMMU_QUEUES; i++)
             relocate(engine, i);
+        engine_note_memory(engine);
     }
-    resume(engine);
+    engine_resume(engine);
     guest_memory_free(rc == 0 ? before : memory);
     return rc;
 }
@@ -294,20 +281,20 @@ int viommu_engine_set_log(struct viommu_engine *engine, int fd, uint64_t size, u
 
     if (rc != 0)
         return rc;
-    quiesce(engine);
+    engine_quiesce(engine);
     engine->log = log;
     engine->memory->log = engine->logging && log.map.start != NULL ? &engine->log : NULL;
-    resume(engine);
+    engine_resume(engine);
     dirty_log_unmap(&before);
     return 0;
 }
 
 void viommu_engine_set_logging(struct viommu_engine *engine, bool on)
 {
-    quiesce(engine);
+    engine_quiesce(engine);
     engine->logging = on;
     engine->memory->log = on && engine->log.map.start != NULL ? &engine->log : NULL;
-    resume(engine);
+    engine_resume(engine);
 }
 
 /* ------------------------------------------------------------------------------------------------------- queues */
@@ -316,9 +303,10 @@ int viommu_engine_set_features(struct viommu_engine *engine, uint64_t features)
 {
     if ((features & ~engine->iommu.settings.features) != 0)
         return -EINVAL;
-    quiesce(engine);
+    engine_quiesce(engine);
     iommu_set_features(&engine->iommu, features);
-    resume(engine);
+    engine_note(engine, VIOMMU_RECORDED_FEATURES, features);
+    engine_resume(engine);
     return 0;
 }
 
@@ -370,7 +358,7 @@ int viommu_queue_start(struct viommu_engine *engine, uint32_t index, const struc
     if ((rc = duplicate(ring->kick, &mine.kick)) != 0 || (rc = duplicate_signal(ring->call, &mine.call)) != 0 ||
         (rc = duplicate_signal(ring->err, &mine.err)) != 0)
         goto fail;
-    quiesce(engine);
+    engine_quiesce(engine);
     rc = virtqueue_init(&vq, ring, engine->iommu.features, engine->memory, inflight_of(engine, index, ring->size));
     if (rc == 0) {
         queue->ring = mine;
@@ -385,7 +373,7 @@ int viommu_queue_start(struct viommu_engine *engine, uint32_t index, const struc
             queue->ring = (struct viommu_ring){0};
         }
     }
-    resume(engine);
+    engine_resume(engine);
     if (rc == 0)
         return 0;
 fail:
@@ -401,13 +389,14 @@ int viommu_queue_stop(struct viommu_engine *engine, uint32_t index, uint32_t *ba
         return -EINVAL;
     queue = &engine->worker.queues[index];
     if (queue->ring.size != 0) {
-        quiesce(engine);
+        engine_quiesce(engine);
+        worker_flush(&engine->worker);
         if (queue->running)
             virtqueue_want_kick(&queue->vq, true); /* leave the ring as a driver expects it of a device that sleeps */
         queue->base = virtqueue_base(&queue->vq);
         queue->running = false;
         worker_unwatch(&engine->worker, index);
-        resume(engine);
+        engine_resume(engine);
         close_ring(&queue->ring);
         memset(&queue->ring, 0, sizeof(queue->ring));
     }
@@ -428,13 +417,13 @@ static int replace_fd(struct viommu_engine *engine, uint32_t index, int fd, bool
     rc = duplicate_signal(fd, &mine);
     if (rc != 0)
         return rc;
-    quiesce(engine);
+    engine_quiesce(engine);
     before = call ? queue->ring.call : queue->ring.err;
     if (call)
         queue->ring.call = mine;
     else
         queue->ring.err = mine;
-    resume(engine);
+    engine_resume(engine);
     if (before >= 0)
         (void)close(before);
     return 0;
@@ -457,10 +446,10 @@ int viommu_queue_set_log(struct viommu_engine *engine, uint32_t index, bool logg
     if (index >= VIOMMU_QUEUES)
         return -EINVAL;
     queue = &engine->worker.queues[index];
-    quiesce(engine);
+    engine_quiesce(engine);
     queue->ring.logged = queue->vq.logged = logged;
     queue->ring.log_addr = queue->vq.log_addr = log_addr;
-    resume(engine);
+    engine_resume(engine);
     return 0;
 }
 
@@ -501,11 +490,11 @@ int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t si
         if (rc != 0)
             return rc;
     }
-    quiesce(engine);
+    engine_quiesce(engine);
     shared_map_close(&engine->inflight_map);
     engine->inflight_map = map;
     engine->memory->inflight = map.start != NULL ? &engine->inflight_map : NULL;
-    resume(engine);
+    engine_resume(engine);
     engine->inflight = region;
     engine->inflight_queues = queues;
     engine->inflight_queue_size = queue_size;
@@ -516,11 +505,12 @@ int viommu_engine_set_inflight(struct viommu_engine *engine, int fd, uint64_t si
 
 void viommu_engine_reset(struct viommu_engine *engine)
 {
-    quiesce(engine);
+    engine_quiesce(engine);
     iommu_reset(&engine->iommu);
     fault_clear(engine->worker.faults);
     engine->worker.needs_reset = false;
-    resume(engine);
+    engine_note(engine, VIOMMU_RECORDED_RESET, 0);
+    engine_resume(engine);
 }
 
 bool viommu_engine_bypass(struct viommu_engine *engine)
@@ -530,9 +520,10 @@ bool viommu_engine_bypass(struct viommu_engine *engine)
 
 int viommu_engine_set_bypass(struct viommu_engine *engine, bool bypass)
 {
-    quiesce(engine);
+    engine_quiesce(engine);
     iommu_set_bypass(&engine->iommu, bypass);
-    resume(engine);
+    engine_note(engine, VIOMMU_RECORDED_BYPASS, bypass);
+    engine_resume(engine);
     return 0;
 }
 
@@ -569,95 +560,4 @@ int viommu_engine_record_fd(struct viommu_engine *engine)
 size_t viommu_engine_take_records(struct viommu_engine *engine, struct viommu_record *out, size_t max, uint64_t *lost)
 {
     return records_take(engine->worker.records, out, max, lost);
-}
-
-/* ----------------------------------------------------------------------------------------------------- listings */
-
-size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, struct viommu_endpoint_info *out,
-                               size_t max)
-{
-    uint64_t next = from;
-    size_t count = 0;
-    uint32_t id = 0;
-
-    quiesce(engine);
-    while (count < max) {
-        const struct endpoint *endpoint = id_table_next(&engine->iommu.endpoints, next, &id);
-
-        if (endpoint == NULL)
-            break;
-        out[count] = (struct viommu_endpoint_info){.id = id, .attached = endpoint->domain != NULL};
-        if (endpoint->domain != NULL) {
-            out[count].domain = endpoint->domain->id;
-            out[count].bypass = endpoint->domain->bypass;
-        } else {
-            out[count].bypass = iommu_unattached_bypass(&engine->iommu);
-        }
-        count++;
-        next = (uint64_t)id + 1;
-    }
-    resume(engine);
-    for (size_t i = 0; i < count; i++)
-        out[i].faults = fault_count(engine->worker.faults, out[i].id);
-    return count;
-}
-
-size_t viommu_engine_domains(struct viommu_engine *engine, uint32_t from, struct viommu_domain_info *out, size_t max)
-{
-    uint64_t next = from;
-    size_t count = 0;
-    uint32_t id = 0;
-
-    quiesce(engine);
-    while (count < max) {
-        const struct domain *domain = id_table_next(&engine->iommu.domains, next, &id);
-
-        if (domain == NULL)
-            break;
-        out[count++] = (struct viommu_domain_info){
-            .id = id,
-            .endpoints = domain->endpoint_count,
-            .mappings = domain->map != NULL ? iova_map_count(domain->map) : 0,
-            .bypass = domain->bypass,
-        };
-        next = (uint64_t)id + 1;
-    }
-    resume(engine);
-    return count;
-}
-
-int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain_id, uint64_t from,
-                               struct viommu_mapping_info *out, size_t max)
-{
-    const struct domain *domain;
-    int64_t count = -ENOENT;
-
-    quiesce(engine);
-    domain = id_table_get(&engine->iommu.domains, domain_id);
-    if (domain != NULL) {
-        struct iova_mapping mapping;
-
-        for (count = 0; domain->map != NULL && (size_t)count < max && iova_map_next(domain->map, from, &mapping);
-             count++) {
-            out[count] = (struct viommu_mapping_info){mapping.first, mapping.last, mapping.phys, mapping.flags};
-            from = mapping.last + 1;
-            if (from == 0) {
-                count++;
-                break;
-            }
-        }
-    }
-    resume(engine);
-    return count;
-}
-
-int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uint64_t iova, uint32_t access,
-                            uint64_t *gpa)
-{
-    int rc;
-
-    quiesce(engine);
-    rc = iommu_translate(&engine->iommu, endpoint, iova, access, gpa);
-    resume(engine);
-    return rc;
 }

@@ -195,25 +195,55 @@ static bool knows(const struct iommu *iommu, uint8_t type)
     }
 }
 
+/* Look for a rule that this request falls under. The outcome's type is set. */
+static void tap_inject(struct inject *inject, const struct layout *layout, const uint8_t *in,
+                       struct request_outcome *outcome)
+{
+    bool named = outcome->type == REQUEST_ATTACH || (outcome->type == REQUEST_DETACH && !layout->detach_any);
+    bool has_domain = named || outcome->type == REQUEST_MAP || outcome->type == REQUEST_UNMAP;
+    bool has_endpoint = named || !has_domain;
+    struct viommu_injection rule;
+
+    /* Both are again set by who carries the request out. */
+    outcome->domain = has_domain ? le32_get(in + 4) : 0;
+    outcome->endpoint = has_endpoint ? le32_get(in + (named ? 8 : 4)) : 0;
+    if (inject_match(inject, outcome, has_endpoint, has_domain, &rule) == NULL)
+        return;
+    outcome->injected = rule.action;
+    outcome->delay_ns = rule.delay_ns;
+    outcome->status = (uint8_t)rule.status;
+}
+
+static void tap_record(struct recording *recording, const struct chain *chain, const uint8_t *in, uint8_t type,
+                       uint8_t status)
+{
+    struct viommu_recorded entry = {.kind = type, .status = status};
+
+    entry.writable = chain->writable_bytes < UINT32_MAX ? (uint32_t)chain->writable_bytes : UINT32_MAX;
+    entry.readable = (uint16_t)(chain->readable_bytes < READABLE_MAX ? chain->readable_bytes : READABLE_MAX);
+    memcpy(entry.bytes, in, entry.readable);
+    recording_put(recording, &entry);
+}
+
 int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, const struct chain *chain,
                       struct request_outcome *outcome)
 {
+    static const struct request_taps none;
+
+    return request_serve_tapped(iommu, memory, chain, &none, outcome);
+}
+
+/* As request_serve_tapped(), with the request in and not recorded. */
+static int64_t answer(struct iommu *iommu, const struct guest_memory *memory, const struct chain *chain,
+                      struct inject *inject, const uint8_t *in, struct request_outcome *outcome)
+{
     const struct layout *layout = &layouts[iommu->settings.personality];
-    uint8_t in[READABLE_MAX] = {0};
     uint8_t tail[TAIL_BYTES] = {0};
     uint8_t properties[PROBE_MAX];
     size_t bytes = 0;
     uint64_t room;
     enum status status;
 
-    memset(outcome, 0, sizeof(*outcome));
-    outcome->status = VIOMMU_STATUS_UNANSWERED;
-    if (chain->readable_bytes < HEAD_BYTES || chain->writable_bytes < TAIL_BYTES ||
-        chain->writable_bytes > WRITABLE_MAX)
-        return 0;
-    /* the one copy of the request: everything below works on it */
-    if (chain_read(memory, chain, in, chain->readable_bytes < sizeof(in) ? (size_t)chain->readable_bytes : sizeof(in)) != 0)
-        return -EFAULT;
     if (!knows(iommu, in[0]))
         return 0;
     outcome->type = in[0];
@@ -223,6 +253,15 @@ int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, co
         chain->readable_bytes != layout->readable[in[0]])
         return 0;
     room = chain->writable_bytes - TAIL_BYTES;
+    if (inject != NULL) {
+        tap_inject(inject, layout, in, outcome);
+        if (outcome->injected == VIOMMU_INJECT_STATUS) {
+            if (outcome->status == VIOMMU_STATUS_UNANSWERED)
+                return 0;
+            status = (enum status)outcome->status;
+            goto carried_out;
+        }
+    }
     switch (in[0]) {
     case REQUEST_ATTACH:
         status = serve_attach(iommu, layout, in, outcome);
@@ -241,6 +280,9 @@ int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, co
         break;
     }
     outcome->status = (uint8_t)status;
+    if (outcome->injected == VIOMMU_INJECT_DROP)
+        return 0;
+carried_out:
     tail[0] = (uint8_t)status;
     if (bytes != 0 && chain_write(memory, chain, 0, properties, bytes) != 0)
         return -EFAULT;
@@ -249,6 +291,27 @@ int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, co
     if (chain_write(memory, chain, room, tail, sizeof(tail)) != 0)
         return -EFAULT;
     return (int64_t)chain->writable_bytes;
+}
+
+int64_t request_serve_tapped(struct iommu *iommu, const struct guest_memory *memory, const struct chain *chain,
+                             const struct request_taps *taps, struct request_outcome *outcome)
+{
+    uint8_t in[READABLE_MAX] = {0};
+    size_t bytes = chain->readable_bytes < sizeof(in) ? (size_t)chain->readable_bytes : sizeof(in);
+    int64_t length = 0;
+
+    memset(outcome, 0, sizeof(*outcome));
+    outcome->status = VIOMMU_STATUS_UNANSWERED;
+    if (chain->readable_bytes >= HEAD_BYTES && chain->writable_bytes >= TAIL_BYTES &&
+        chain->writable_bytes <= WRITABLE_MAX) { /* else it is no request, and recorded without its bytes */
+        /* the one copy of the request: everything else works on it */
+        if (chain_read(memory, chain, in, bytes) != 0)
+            return -EFAULT;
+        length = answer(iommu, memory, chain, taps->inject, in, outcome);
+    }
+    if (taps->recording != NULL)
+        tap_record(taps->recording, chain, in, outcome->type, outcome->status);
+    return length;
 }
 
 uint32_t fault_report_bytes(uint32_t personality)

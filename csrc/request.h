@@ -7,7 +7,9 @@
 
 #include <stdint.h>
 
+#include "inject.h"
 #include "iommu.h"
+#include "recording.h"
 #include "virtqueue.h"
 
 /* What was asked and answered, for counters and records. */
@@ -19,6 +21,14 @@ struct request_outcome {
     uint32_t flags;
     uint64_t first;
     uint64_t last;
+    uint32_t injected; /* VIOMMU_INJECT_*, 0 as a rule */
+    uint64_t delay_ns; /* with VIOMMU_INJECT_DELAY */
+};
+
+/* What disturbs and what watches requests; each NULL unless somebody asked for it. */
+struct request_taps {
+    struct inject *inject;
+    struct recording *recording;
 };
 
 /*
@@ -27,6 +37,13 @@ struct request_outcome {
  */
 int64_t request_serve(struct iommu *iommu, const struct guest_memory *memory, const struct chain *chain,
                       struct request_outcome *outcome);
+
+/*
+ * The same, with taps. What an outcome says was injected is for the caller to do, but for VIOMMU_INJECT_STATUS, which
+ * is done. A dropped answer is not written; the length returned then means nothing.
+ */
+int64_t request_serve_tapped(struct iommu *iommu, const struct guest_memory *memory, const struct chain *chain,
+                             const struct request_taps *taps, struct request_outcome *outcome);
 
 /* Bytes of a fault report in a personality, and the report itself. */
 uint32_t fault_report_bytes(uint32_t personality);

@@ -41,6 +41,8 @@
 #define VIOMMU_STATUS_UNANSWERED 9 /* the buffer went back unwritten, used length 0 */
 #define VIOMMU_STATUSES 10
 
+#define VIOMMU_TIME_BUCKETS 144  /* of service times: four to a power of two, up to 2^37 ns */
+
 #define VIOMMU_ACCESS_READ 1
 #define VIOMMU_ACCESS_WRITE 2
 
@@ -63,6 +65,7 @@ struct viommu_settings {
     uint32_t fault_burst;         /* reports one endpoint may raise at once ... */
     uint32_t fault_rate;          /* ... and per second after that */
     uint32_t spin_us;             /* longest polling of an empty ring before the worker sleeps; 0 never polls */
+    uint32_t time_every;          /* one batch of requests in so many is timed; 0: none */
 };
 
 /* A region of an endpoint's IOVA space that cannot be mapped; subtype as in RESV_MEM (0 reserved, 1 MSI doorbell). */
@@ -115,6 +118,7 @@ struct viommu_stats {
 #define VIOMMU_RECORD_ATTACHED 3
 #define VIOMMU_RECORD_DETACHED 4
 #define VIOMMU_RECORD_FAULT 5     /* a report was given to the guest: code = reason, value = flags */
+#define VIOMMU_RECORD_INJECTED 6  /* a request met an injection: value = VIOMMU_INJECT_* */
 
 /* Something that happened in the worker, for logs and watchers. Lossy: a full ring drops records and counts them. */
 struct viommu_record {
@@ -248,6 +252,80 @@ int64_t viommu_engine_mappings(struct viommu_engine *engine, uint32_t domain, ui
 /* Where an access of an endpoint goes: 0 and *gpa, -ENOENT no endpoint, -ENXIO unattached and blocked, -EFAULT. */
 int viommu_engine_translate(struct viommu_engine *engine, uint32_t endpoint, uint64_t iova, uint32_t access,
                             uint64_t *gpa);
+
+/* Limits anew; what exists stays, even above them. -EINVAL for a limit of 0. */
+int viommu_engine_set_limits(struct viommu_engine *engine, uint32_t max_endpoints, uint32_t max_domains,
+                             uint64_t max_mappings, uint64_t max_domain_mappings);
+
+/* Serve no request until told to go on; what was taken is answered first. Faults are still reported. */
+void viommu_engine_pause(struct viommu_engine *engine, bool paused);
+bool viommu_engine_paused(struct viommu_engine *engine);
+
+/*
+ * Service times: from the worker's look at a batch of requests until its answers are visible, each request of the
+ * batch counted with the whole. One batch in settings.time_every is timed. Bucket i < 4 counts i ns; bucket
+ * i = 4p - 4 + q counts times from (4 + q) 2^(p-2) ns up to the next; the last takes everything longer.
+ */
+void viommu_engine_service_times(struct viommu_engine *engine, uint64_t counts[VIOMMU_TIME_BUCKETS],
+                                 uint64_t *sum_ns);
+
+/* Misbehaviour on demand: the next count requests that match are treated like this. */
+#define VIOMMU_INJECT_DELAY 1     /* carried out, and answered delay_ns later, as is everything after them */
+#define VIOMMU_INJECT_STATUS 2    /* not carried out, and answered with this status or VIOMMU_STATUS_UNANSWERED */
+#define VIOMMU_INJECT_DROP 3      /* carried out, and never answered: the buffer is lost until the ring is reset */
+#define VIOMMU_INJECT_HANG 4      /* the worker stops for good, as if it had a fault of its own */
+
+#define VIOMMU_INJECTIONS 16      /* armed at once */
+#define VIOMMU_INJECT_DELAY_MAX 600000000000
+
+struct viommu_injection {
+    uint32_t action;              /* VIOMMU_INJECT_* */
+    uint32_t type;                /* request type; 0: any */
+    uint32_t status;
+    uint32_t endpoint;
+    uint32_t domain;
+    bool match_endpoint;          /* only requests that name this endpoint, or this domain */
+    bool match_domain;
+    uint64_t delay_ns;
+    uint64_t count;
+};
+
+/* -EINVAL: a rule without sense; -ENOSPC: too many are armed. The first rule that matches is the one that counts. */
+int viommu_engine_inject(struct viommu_engine *engine, const struct viommu_injection *rule);
+/* Those still armed, count as it is now, oldest first; up to max of them. */
+size_t viommu_engine_injections(struct viommu_engine *engine, struct viommu_injection *out, size_t max);
+void viommu_engine_clear_injections(struct viommu_engine *engine);
+
+#define VIOMMU_RECORDED_BYTES 72  /* of the readable part: no request is longer */
+#define VIOMMU_RECORDED_RESET 0x80    /* not requests: what else changes the device */
+#define VIOMMU_RECORDED_BYPASS 0x81   /* bytes[0]: config.bypass */
+#define VIOMMU_RECORDED_FEATURES 0x82 /* bytes[0..7]: what the driver accepted, little endian */
+#define VIOMMU_RECORDED_MEMORY 0x83   /* a region: first and last address, and le32 how many more of its table follow;
+                                         readable 0: there is no memory */
+
+/* One request as it came, and the status it was answered with. */
+struct viommu_recorded {
+    uint64_t time_ns;             /* CLOCK_MONOTONIC */
+    uint64_t lost;                /* entries missing just before this one */
+    uint32_t writable;            /* bytes for the answer */
+    uint16_t readable;            /* of bytes[] */
+    uint8_t kind;                 /* request type, 0 for one that is not known, or VIOMMU_RECORDED_* */
+    uint8_t status;
+    uint8_t bytes[VIOMMU_RECORDED_BYTES];
+};
+
+/* Record, or stop. -EALREADY. What was not taken when recording stops is lost. */
+int viommu_engine_record(struct viommu_engine *engine, bool on);
+/* Up to max entries, oldest first, and how many were lost after the newest so far. 0 when none is recorded. */
+size_t viommu_engine_take_recorded(struct viommu_engine *engine, struct viommu_recorded *out, size_t max,
+                                   uint64_t *lost);
+
+/*
+ * Play recorded entries to an engine that no front-end uses; statuses[i] is what entry i is answered with now.
+ * -EINVAL for an entry that nothing could have recorded, or -errno; those before it have been played.
+ */
+int viommu_engine_play(struct viommu_engine *engine, const struct viommu_recorded *entries, size_t count,
+                       uint8_t *statuses);
 
 /*
  * Endpoints behind the host's IOMMU, through an iommufd that is shared with the machine monitor. Where the memory in

@@ -18,6 +18,9 @@
 #define SPIN_PATIENCE 3u
 /* Looks at the ring between two looks at the clock: a look is about 2 ns, the clock about 25 ns. */
 #define SPIN_LOOKS 32
+/* Interrupts a write that blocks. Nothing else here uses it, and by default it is ignored. */
+#define NUDGE SIGURG
+#define NUDGE_MS 20
 
 static uint64_t now_ns(void)
 {
@@ -44,6 +47,13 @@ static void signal_eventfd(int fd)
         (void)!write(fd, &one, sizeof(one)); /* a full counter is signalled already */
 }
 
+static void tell(struct worker *worker, int fd)
+{
+    atomic_store_explicit(&worker->telling, true, memory_order_relaxed);
+    signal_eventfd(fd);
+    atomic_store_explicit(&worker->telling, false, memory_order_relaxed);
+}
+
 void worker_broken(struct worker *worker, uint32_t index)
 {
     struct worker_queue *queue = &worker->queues[index];
@@ -51,7 +61,7 @@ void worker_broken(struct worker *worker, uint32_t index)
 
     worker->needs_reset = true;
     count_add(&worker->stats->rings_broken, 1);
-    signal_eventfd(queue->ring.err);
+    tell(worker, queue->ring.err);
     records_put(worker->records, &record);
 }
 
@@ -75,8 +85,23 @@ static void notify(struct worker *worker, struct worker_queue *queue)
 {
     if (virtqueue_publish(&queue->vq) && queue->ring.call >= 0) {
         count_add(&worker->stats->notifications, 1);
-        signal_eventfd(queue->ring.call);
+        tell(worker, queue->ring.call);
     }
+}
+
+void worker_flush(struct worker *worker)
+{
+    if (worker->held_until == 0)
+        return;
+    worker->held_until = 0;
+    worker->held = worker->paused;
+    notify(worker, &worker->queues[VIOMMU_REQUESTQ]);
+}
+
+void worker_pause(struct worker *worker, bool paused)
+{
+    worker_flush(worker);
+    worker->paused = worker->held = paused;
 }
 
 static void account(struct worker *worker, const struct request_outcome *outcome)
@@ -92,7 +117,10 @@ static void account(struct worker *worker, const struct request_outcome *outcome
     };
 
     count_add(&worker->stats->requests[outcome->type][outcome->status], 1);
-    if (outcome->status != STATUS_OK)
+    if (outcome->injected != 0) {
+        record.kind = VIOMMU_RECORD_INJECTED;
+        record.value = outcome->injected;
+    } else if (outcome->status != STATUS_OK)
         record.kind = VIOMMU_RECORD_REFUSED;
     else if (outcome->type == REQUEST_ATTACH)
         record.kind = VIOMMU_RECORD_ATTACHED;
@@ -103,34 +131,61 @@ static void account(struct worker *worker, const struct request_outcome *outcome
     records_put(worker->records, &record);
 }
 
+/* Do what was injected for a request that has been carried out. False: it is not answered. */
+static bool misbehave(struct worker *worker, struct request_outcome *outcome)
+{
+    switch (outcome->injected) {
+    case VIOMMU_INJECT_DELAY:
+        worker->held_until = now_ns() + outcome->delay_ns;
+        worker->held = true;
+        return true;
+    case VIOMMU_INJECT_DROP:
+        outcome->status = VIOMMU_STATUS_UNANSWERED;
+        return false;
+    case VIOMMU_INJECT_HANG:
+        for (;;)
+            (void)pause();
+    default:
+        return true;
+    }
+}
+
 /* Serve what is there, up to a batch. True when something was done. */
 static bool serve_requests(struct worker *worker)
 {
     struct worker_queue *queue = &worker->queues[VIOMMU_REQUESTQ];
     unsigned served = 0;
+    uint64_t began = 0; /* 0: not timed */
     int rc = 0;
 
-    if (!queue->running)
+    if (!queue->running || worker->held)
         return false;
-    while (served < WORKER_BATCH) {
+    while (served < WORKER_BATCH && !worker->held) {
         struct request_outcome outcome;
         int64_t length;
 
         rc = virtqueue_take(&queue->vq, &worker->chain);
         if (rc <= 0)
             break;
-        length = request_serve(worker->iommu, worker->memory, &worker->chain, &outcome);
+        if (served == 0 && service_time_due(&worker->times))
+            began = now_ns();
+        length = request_serve_tapped(worker->iommu, worker->memory, &worker->chain, &worker->taps, &outcome);
         if (length < 0) {
             rc = virtqueue_break(&queue->vq, VIOMMU_BROKEN_ADDRESS);
             break;
         }
-        virtqueue_give(&queue->vq, &worker->chain, (uint32_t)length);
+        if (outcome.injected == 0 || misbehave(worker, &outcome))
+            virtqueue_give(&queue->vq, &worker->chain, (uint32_t)length);
         account(worker, &outcome);
         served++;
     }
     if (served != 0) {
         count_add(&worker->stats->batches, 1);
-        notify(worker, queue);
+        if (!worker->held) {
+            notify(worker, queue);
+            if (began != 0)
+                service_time_add(&worker->times, served, now_ns() - began);
+        }
     }
     if (rc < 0 && queue->running)
         give_up(worker, VIOMMU_REQUESTQ);
@@ -280,10 +335,46 @@ static uint64_t wait(struct worker *worker, uint64_t idle_since)
     return now;
 }
 
+/* Serve no request for now. Returns the time. */
+static uint64_t hold(struct worker *worker)
+{
+    struct worker_queue *events = &worker->queues[VIOMMU_EVENTQ];
+    struct epoll_event event;
+    uint64_t now = now_ns();
+    uint64_t left = worker->held_until > now ? worker->held_until - now : 0;
+
+    if (worker->held_until != 0 && left == 0) {
+        worker_flush(worker);
+        return now;
+    }
+    (void)serve_faults(worker);
+    check_memory(worker);
+    if (worker->held_until != 0 && left < 2000000) { /* shorter than what epoll can wait for exactly */
+        relax();
+        return now;
+    }
+    if (events->running)
+        virtqueue_want_kick(&events->vq, fault_waiting(worker->faults));
+    if (!interrupted(worker) && !(fault_waiting(worker->faults) && queue_ready(worker, VIOMMU_EVENTQ))) {
+        __atomic_store_n(&worker->stats->asleep, true, __ATOMIC_RELEASE);
+        (void)epoll_wait(worker->epoll, &event, 1, worker->held_until == 0 ? -1 : (int)(left / 1000000) - 1);
+        __atomic_store_n(&worker->stats->asleep, false, __ATOMIC_RELEASE);
+    }
+    return now_ns();
+}
+
 static void stand_still(struct worker *worker)
 {
     (void)pthread_mutex_lock(&worker->lock);
     while (atomic_load(&worker->park)) { /* said anew each time: it may be asked again before it has run */
+        if (worker->errand != NULL) {
+            guest_memory_guard(worker->memory);
+            worker->errand(worker->errand_context);
+            worker->errand = NULL;
+            atomic_store(&worker->park, false);
+            (void)pthread_cond_broadcast(&worker->changed);
+            break;
+        }
         worker->parked = true;
         (void)pthread_cond_broadcast(&worker->changed);
         (void)pthread_cond_wait(&worker->changed, &worker->lock);
@@ -307,12 +398,16 @@ static void *run(void *arg)
             since = now_ns();
             continue;
         }
+        if (worker->held) {
+            since = hold(worker);
+            continue;
+        }
         while (serve(worker) && !interrupted(worker))
             count_add(&worker->stats->heartbeat, 1);
         idle = now_ns();
         count_add(&worker->stats->busy_ns, idle - since);
         since = idle;
-        if (!spin(worker, idle))
+        if (!worker->held && !spin(worker, idle))
             since = wait(worker, idle);
     }
     return NULL;
@@ -328,9 +423,27 @@ static uint64_t spin_limit(uint32_t spin_us)
     return (uint64_t)spin_us * 1000;
 }
 
+static void nudged(int number)
+{
+    (void)number; /* that the system call returns is all there is to it */
+}
+
+/* Let NUDGE interrupt a thread that does not block it, unless the program has a use of its own for it. */
+static void install_nudge(void)
+{
+    struct sigaction action;
+
+    if (sigaction(NUDGE, NULL, &action) != 0 || action.sa_handler != SIG_DFL)
+        return;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = nudged; /* and no SA_RESTART */
+    (void)sigaction(NUDGE, &action, NULL);
+}
+
 int worker_start(struct worker *worker, uint32_t spin_us)
 {
     struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u32 = WAKE_TOKEN};
+    pthread_condattr_t attributes;
     sigset_t all, before;
     int rc;
 
@@ -343,13 +456,18 @@ int worker_start(struct worker *worker, uint32_t spin_us)
         goto fail;
     }
     (void)pthread_mutex_init(&worker->lock, NULL);
-    (void)pthread_cond_init(&worker->changed, NULL);
+    (void)pthread_condattr_init(&attributes);
+    (void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    (void)pthread_cond_init(&worker->changed, &attributes);
+    (void)pthread_condattr_destroy(&attributes);
+    install_nudge();
     /* Signals are for the control plane, but for those that the worker's own accesses raise. */
     (void)sigfillset(&all);
     (void)sigdelset(&all, SIGBUS);
     (void)sigdelset(&all, SIGSEGV);
     (void)sigdelset(&all, SIGFPE);
     (void)sigdelset(&all, SIGILL);
+    (void)sigdelset(&all, NUDGE);
     (void)pthread_sigmask(SIG_SETMASK, &all, &before);
     rc = -pthread_create(&worker->thread, NULL, run, worker);
     (void)pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -387,13 +505,41 @@ void worker_wake(struct worker *worker)
     signal_eventfd(worker->wake);
 }
 
+/* Wait for a sign of the worker, with the lock held. A write of its that blocks is interrupted. */
+static void await(struct worker *worker)
+{
+    struct timespec until;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += NUDGE_MS * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_nsec -= 1000000000;
+        until.tv_sec++;
+    }
+    if (pthread_cond_timedwait(&worker->changed, &worker->lock, &until) == ETIMEDOUT &&
+        atomic_load_explicit(&worker->telling, memory_order_relaxed))
+        (void)pthread_kill(worker->thread, NUDGE);
+}
+
 void worker_park(struct worker *worker)
 {
     atomic_store(&worker->park, true);
     worker_wake(worker);
     (void)pthread_mutex_lock(&worker->lock);
     while (!worker->parked)
-        (void)pthread_cond_wait(&worker->changed, &worker->lock);
+        await(worker);
+    (void)pthread_mutex_unlock(&worker->lock);
+}
+
+void worker_run(struct worker *worker, worker_errand *errand, void *context)
+{
+    (void)pthread_mutex_lock(&worker->lock);
+    worker->errand_context = context;
+    worker->errand = errand;
+    atomic_store(&worker->park, true);
+    worker_wake(worker);
+    while (worker->errand != NULL)
+        await(worker);
     (void)pthread_mutex_unlock(&worker->lock);
 }
 
