@@ -54,8 +54,7 @@ class KernelSource:
 KERNELS: Mapping[str, KernelSource] = MappingProxyType(
     {
         "arm64": KernelSource("arm64", "trixie", "linux-image-cloud-arm64"),
-        # The cloud kernel of bookworm for arm64 has no driver for virtio-iommu.
-        "arm64-6.1": KernelSource("arm64", "bookworm", "linux-image-arm64"),
+        "arm64-6.1": KernelSource("arm64", "bookworm", "linux-image-cloud-arm64"),
         "arm64-backports": KernelSource("arm64", "trixie", "linux-image-cloud-arm64", backports=True),
         "arm64-16k": KernelSource("arm64", "trixie", "linux-image-arm64-16k"),
         "amd64": KernelSource("amd64", "trixie", "linux-image-cloud-amd64"),
@@ -161,7 +160,7 @@ def kernel(name: str = "arm64") -> Kernel:
         say(f"fetching the kernel {source.package} of {source.release}{'-backports' * source.backports}")
         with Archive(cache(), source.release, source.architecture) as debian:
             needed = debian.dependencies(source.package, backports=source.backports)
-            wanted = [name for name in needed if re.match(r"linux-(image|modules|binary)-\d", name)]
+            wanted = [name for name in needed if re.match(r"linux-(image|base|binary|modules)-\d", name)]
             archive.unpack(debian.download(wanted, backports=source.backports), directory)
         _prune(directory)
         say(f"have the kernel {_kernel_in(directory, source.architecture).release}")
@@ -178,10 +177,12 @@ def _prune(directory: Path) -> None:
 
 
 def _kernel_in(directory: Path, architecture: Architecture) -> Kernel:
-    images = sorted(directory.glob("boot/vmlinuz-*"))
+    # Since 7.2 Debian has the kernel beside its modules.
+    images = [*directory.glob("boot/vmlinuz-*"), *directory.glob("usr/lib/modules/*/vmlinuz")]
     if len(images) != 1:
         raise ArchiveError(f"{directory}: {len(images)} kernels, and one was expected; delete the directory to retry")
-    release = images[0].name.removeprefix("vmlinuz-")
+    name = images[0].name
+    release = images[0].parent.name if name == "vmlinuz" else name.removeprefix("vmlinuz-")
     for parent in ("usr/lib/modules", "lib/modules"):
         modules = directory / parent / release
         if modules.is_dir():

@@ -1,0 +1,1 @@
+"""Tests with Linux guests: a kernel and its own driver in front of viommud."""
