@@ -106,9 +106,12 @@ void vfio_user_free(struct viommu_vfio_user *user);
 
 extern const struct stage2_ops vfio_user_stage2_ops;
 
+/* The relay's thread, in vfio_user_relay.c; the argument is the struct viommu_vfio_user. */
+void *vfio_user_relay(void *arg);
+
 uint64_t vfio_user_now(void);
 
-/* ------- vfio_user_tell.c; all under the lock */
+/* ----------------------------------------------------------------- vfio_user_tell.c; all under the lock */
 
 /*
  * Wait until the queue to the server has room and count requests have IDs. 0 at once; 1 when the lock was given up
