@@ -116,8 +116,11 @@ def run_c(tests: list[Proof], call: Callable[..., Any] = subprocess.run) -> dict
         ],
     )
     for step in steps:
-        if call(step, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode and step[0] == "cmake":
-            return dict.fromkeys(tests, FAILED)
+        done = call(step, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        if done.returncode:
+            print(done.stdout, file=sys.stderr)
+            if step[0] == "cmake":
+                return dict.fromkeys(tests, FAILED)
     passed = read_junit(report.read_text()) if report.exists() else {}
     return {test: passed.get(Path(test.file).stem, FAILED) for test in tests}
 

@@ -1,0 +1,1 @@
+"""The register of rules and its table."""
