@@ -18,7 +18,7 @@ EXIT_USAGE = 2
 """A mistake of the user: an option, the configuration, or what they refer to."""
 
 
-COMMANDS = ("topology", "qemu-args")
+COMMANDS = ("topology", "qemu-args", "run", "check")
 """What the first word of the command line may be in place of the daemon's options."""
 
 
@@ -33,6 +33,13 @@ def _descriptor(text: str) -> int:
     if not text.isdecimal() or int(text) > 0x7FFFFFFF:
         raise argparse.ArgumentTypeError(f"{text!r} is not the number of a file descriptor")
     return int(text)
+
+
+def _named_descriptor(text: str) -> tuple[str, int]:
+    name, equals, number = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=N")
+    return name, _descriptor(number)
 
 
 def _mode(text: str) -> int:
@@ -50,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="viommud",
         description="A virtual machine's IOMMU from outside the machine monitor: virtio-iommu over vhost-user.",
-        epilog="Commands, each with a --help of its own: viommud topology, viommud qemu-args.",
+        epilog="Commands, each with a --help of its own: viommud topology, qemu-args, run, check.",
         allow_abbrev=False,
     )
     socket = parser.add_argument_group("vhost-user socket (or passed by systemd in LISTEN_FDS)")
@@ -68,9 +75,27 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="wait for the next front-end when one has gone (default: exit with status 0)",
     )
-    parser.add_argument("--config", metavar="FILE", type=Path, help="configuration in TOML")
+    _add_common(parser)
     parser.add_argument(
         "--check-config", action="store_true", help="say whether the file of --config is right, and exit"
+    )
+    parser.add_argument(
+        "--print-capabilities", action="store_true", help="print what this back-end is, in JSON, and exit"
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    """What the daemon is told however it is started."""
+    parser.add_argument("--config", metavar="FILE", type=Path, help="configuration in TOML")
+    parser.add_argument(
+        "--pass-fd",
+        metavar="NAME=N",
+        type=_named_descriptor,
+        action="append",
+        default=[],
+        help="an inherited descriptor that the configuration names (or in LISTEN_FDS); more than once",
     )
     parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="least important lines to log (default: %(default)s)"
@@ -81,11 +106,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: readable on a terminal, JSON otherwise (default: %(default)s)",
     )
-    parser.add_argument(
-        "--print-capabilities", action="store_true", help="print what this back-end is, in JSON, and exit"
-    )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    return parser
 
 
 def parse(arguments: Sequence[str]) -> Options:
@@ -102,23 +122,57 @@ def parse(arguments: Sequence[str]) -> Options:
             if getattr(parsed, option) is not None:
                 name = "--" + option.replace("_", "-")
                 raise UsageError(f"{name} is for the socket that --socket-path creates, and --socket-path is missing")
+    return _options(parsed)
+
+
+def _options(parsed: argparse.Namespace) -> Options:
+    parsed.pass_fd = tuple(parsed.pass_fd)
     return Options(**{name: getattr(parsed, name) for name in Options.__slots__})
 
 
 def _run_command(arguments: Sequence[str]) -> int:
     """Carry out a command, which is no start of the daemon."""
+    from viommud.host import check
     from viommud.topology import commands
 
     parser = _Parser(prog="viommud", allow_abbrev=False)
-    commands.add_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_commands(subparsers)
+    check.add_command(subparsers)
     parsed = parser.parse_args(arguments)
     status: int = parsed.command(parsed)
     return status
 
 
+def _run_qemu(arguments: Sequence[str]) -> int:
+    """viommud run [options] -- QEMU ..."""
+    from viommud import config
+    from viommud.host import run as host_run
+
+    parser = _Parser(
+        prog="viommud run",
+        description="Start QEMU with devices of the host, and be its IOMMU.",
+        epilog="The exit status is QEMU's.",
+        allow_abbrev=False,
+    )
+    _add_common(parser)
+    parser.add_argument("qemu", metavar="QEMU ...", nargs="+", help="after --: QEMU's command line without the devices")
+    parsed = parser.parse_args(arguments)
+    if parsed.config is None:
+        raise UsageError("viommud run: --config FILE is missing: it says where in the guest the devices are")
+    command = parsed.qemu
+    for name, unused in (("socket_path", None), ("fd", None), ("socket_group", None), ("socket_mode", None)):
+        setattr(parsed, name, unused)
+    parsed.check_config = parsed.keep_listening = False
+    setup, topology = config.load(parsed.config, host_run.planned)
+    return host_run.run(_options(parsed), setup, topology, command)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Do what the command line says; returns the exit status."""
     try:
+        if arguments and arguments[0] == "run":
+            return _run_qemu(arguments[1:])
         if arguments and arguments[0] in COMMANDS:
             return _run_command(arguments)
         options = parse(arguments)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 
 from viommud.errors import UsageError
+from viommud.host.config import HostDeviceSection, HostSection
 from viommud.schema import U64_MAX, convert
 from viommud.topology.section import TopologySection
 from viommud.vfio_user.config import VfioUserSection
@@ -124,6 +125,8 @@ class Endpoint(Section, frozen=True, kw_only=True):
     """Further reserved regions; one of type "msi" takes the place of device.msi."""
     vfio_user: VfioUserSection | None = None
     """The device is another process, and its DMA is translated."""
+    host: HostDeviceSection | None = None
+    """The device is one of the host, assigned by VFIO."""
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -133,6 +136,7 @@ class Config(Section, frozen=True, kw_only=True):
     limits: Limits = Limits()
     worker: Worker = Worker()
     qemu: Qemu = Qemu()
+    host: HostSection = HostSection()
     endpoint: tuple[Endpoint, ...] = ()
     topology: TopologySection | None = None
 

@@ -13,7 +13,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,9 @@ from viommud.device_setup import DeviceSetup
 from viommud.endpoint_id import show
 from viommud.engine import Engine
 from viommud.errors import UsageError
+from viommud.host.devices import HostDevices, passed_descriptors
+from viommud.host.devices import acquire as acquire_host
+from viommud.host.report import HostReport
 from viommud.log import RateLimiter, configure
 from viommud.notices import ConfigNotices
 from viommud.options import Options
@@ -60,14 +63,16 @@ def run_daemon(options: Options, setup: DeviceSetup) -> int:
     # From here on a signal is an orderly end; until the daemon can take it, it waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     with ExitStack() as stack:
-        engine = make_engine(setup)
+        host = acquire_host(setup, passed_descriptors(dict(options.pass_fd)), may_open=False)
+        if host is not None:
+            stack.enter_context(host)
+            if options.keep_listening:
+                raise UsageError("--keep-listening: a device of the host is given to one front-end and cannot wait")
+            setup = host.narrow(setup)
+        engine = make_engine(setup, host)
         try:
             vhost_socket = stack.enter_context(acquire(options))
-            device_sockets = {
-                entry.first: stack.enter_context(listen_at(Path(entry.vfio_user.listen), "vfio-user.listen"))
-                for entry in setup.endpoints
-                if entry.vfio_user is not None
-            }
+            device_sockets = _device_sockets(setup, stack)
         except BaseException:
             engine.close()
             raise
@@ -75,7 +80,35 @@ def run_daemon(options: Options, setup: DeviceSetup) -> int:
         return trio.run(daemon.run, engine)
 
 
-def make_engine(setup: DeviceSetup) -> Engine:
+def serve_front_end(
+    setup: DeviceSetup,
+    vhost_socket: VhostSocket,
+    log: FilteringBoundLogger,
+    host: HostDevices | None,
+    *,
+    on_signal: Callable[[], None],
+) -> int:
+    """Serve a front-end that is connected, until it goes; returns the exit status.
+
+    :param on_signal: called at the first signal that would end us, to have the front-end end.
+    :raises UsageError: a socket or the engine cannot be had.
+    """
+    with ExitStack() as stack:
+        device_sockets = _device_sockets(setup, stack)
+        engine = make_engine(setup, host)
+        daemon = Daemon(setup, vhost_socket, log, device_sockets=device_sockets, on_signal=on_signal)
+        return trio.run(daemon.run, engine)
+
+
+def _device_sockets(setup: DeviceSetup, stack: ExitStack) -> dict[int, VhostSocket]:
+    return {
+        entry.first: stack.enter_context(listen_at(Path(entry.vfio_user.listen), "vfio-user.listen"))
+        for entry in setup.endpoints
+        if entry.vfio_user is not None
+    }
+
+
+def make_engine(setup: DeviceSetup, host: HostDevices | None = None) -> Engine:
     """An engine with the endpoints of the configuration.
 
     :raises UsageError: the engine does not accept them.
@@ -83,8 +116,13 @@ def make_engine(setup: DeviceSetup) -> Engine:
     try:
         engine = Engine(setup.settings, setup.topology)
         try:
+            if host is not None:
+                engine.set_iommufd(host.iommufd, from_files=setup.host.memory == "files")
             for entry in setup.endpoints:
-                if entry.vfio_user is None:
+                if entry.host is not None:
+                    assert host is not None
+                    engine.add_host_device(entry.first, host.devices[entry.first], entry.reserved)
+                elif entry.vfio_user is None:
                     engine.add_endpoints(entry.first, entry.last, entry.reserved)
                 else:
                     engine.add_vfio_user(
@@ -115,6 +153,8 @@ class Daemon:
     keep_listening: bool = False
     device_sockets: Mapping[int, VhostSocket] = field(default_factory=dict)
     """By endpoint: where the vfio-user client of its device connects."""
+    on_signal: Callable[[], None] | None = None
+    """Called at the first signal in place of ending."""
     _limiter: RateLimiter = field(default_factory=RateLimiter)
     _successor: trio.socket.SocketType | None = None
     """A front-end that came when the one before had just gone."""
@@ -139,7 +179,11 @@ class Daemon:
     async def _end_on_signal(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         async for number in signals:
             self.log.info("signal", name=signal.Signals(number).name)
-            scope.cancel()
+            if self.on_signal is None:
+                scope.cancel()
+            else:
+                self.on_signal()
+                self.on_signal = None
 
     async def _serve(self, engine: Engine) -> int:
         self._announce()
@@ -175,8 +219,9 @@ class Daemon:
             endpoints=self.setup.summary,
             features=feature_names(self.setup.settings.features),
         )
-        if self.device_sockets:
-            self.log.info("translating", endpoints=[show(endpoint) for endpoint in self.device_sockets])
+        translated = [entry.first for entry in self.setup.endpoints if entry.vfio_user or entry.host]
+        if translated:
+            self.log.info("translating", endpoints=[show(endpoint) for endpoint in translated])
         else:
             self.log.info("state-only", hint="keeps state only, translates for no device")
 
@@ -239,6 +284,7 @@ class Daemon:
                         self.log,
                         on_session=sessions.append,
                         on_backend_channel=notices.adopt,
+                        on_request=HostReport(engine, self.log).look if self.has_host_devices else None,
                     )
                 except RemoteProtocolError as error:
                     broken = error.sentence
@@ -256,6 +302,11 @@ class Daemon:
             self._summarise(engine, reporter, sessions, broken, time.monotonic() - started)
             engine.close()
         return EXIT_OK if broken is None else EXIT_CONNECTION_BROKEN
+
+    @property
+    def has_host_devices(self) -> bool:
+        """Some endpoint is a device of the host."""
+        return any(entry.host is not None for entry in self.setup.endpoints)
 
     def _machine_reset(self, engine: Engine) -> None:
         """The vhost-user connection shows a reset of the device; that of the machine sets bypass back as well."""

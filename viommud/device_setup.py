@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from viommud.config import Config, Device, Endpoint
 from viommud.endpoint_id import parse_endpoints
+from viommud.host.config import HostDeviceSection, HostSection
+from viommud.host.sysfs import normalise
 from viommud.schema import U64_MAX, Wrong
 from viommud.settings import Feature, Personality, Reserved, ReservedKind, Settings
 from viommud.vfio_user.config import VfioUserSection
@@ -42,6 +44,8 @@ class EndpointRange:
     reserved: tuple[Reserved, ...] = ()
     vfio_user: VfioUserSection | None = None
     """Only for a single endpoint."""
+    host: HostDeviceSection | None = None
+    """Only for a single endpoint; its device is in the kernel's spelling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class DeviceSetup:
     """Send configuration change notices."""
     qmp: Path | None = None
     """QMP socket whose RESET events are resets of the machine."""
+    host: HostSection = field(default_factory=HostSection)
 
     @property
     def summary(self) -> str:
@@ -111,6 +116,7 @@ def plan(config: Config) -> DeviceSetup:
         topology=_builtin_topology(config, settings, endpoints),
         config_notices=device.config_notices,
         qmp=None if config.qemu.qmp is None else Path(config.qemu.qmp),
+        host=config.host,
     )
 
 
@@ -207,8 +213,13 @@ def _endpoints(config: Config) -> tuple[EndpointRange, ...]:
                 raise Wrong(f"{key}.id", endpoint.id, f"apart from the endpoints of endpoint[{other_index}]")
         if endpoint.vfio_user is not None:
             _check_vfio_user(endpoint.vfio_user, f"{key}.vfio-user", first, last, ranges)
+        host = None
+        if endpoint.host is not None:
+            if endpoint.vfio_user is not None:
+                raise Wrong(f"{key}.host", endpoint.id, "left out where the endpoint has vfio-user")
+            host = _check_host(endpoint.host, f"{key}.host", first, last, ranges)
         reserved = _reserved(endpoint, key, default, config.device.probe_size)
-        ranges.append(EndpointRange(first, last, reserved, endpoint.vfio_user))
+        ranges.append(EndpointRange(first, last, reserved, endpoint.vfio_user, host))
     count = sum(entry.last - entry.first + 1 for entry in ranges)
     if count > config.limits.endpoints:
         raise Wrong("limits.endpoints", config.limits.endpoints, f"at least {count}, the endpoints that are configured")
@@ -229,6 +240,22 @@ def _check_vfio_user(section: VfioUserSection, key: str, first: int, last: int, 
             raise Wrong(f"{key}.listen", section.listen, f"apart from the sockets of endpoint[{index}]")
         if other.vfio_user is not None and section.server == other.vfio_user.listen:
             raise Wrong(f"{key}.server", section.server, f"apart from the socket that endpoint[{index}] listens on")
+
+
+def _check_host(
+    section: HostDeviceSection, key: str, first: int, last: int, others: list[EndpointRange]
+) -> HostDeviceSection:
+    if first != last:
+        raise Wrong(key, f"{first:#x}-{last:#x}", "a table of a single endpoint: it is one device")
+    if (section.device is None) == (section.fd is None):
+        raise Wrong(f"{key}.device", section.device or "", "given, or fd be given, and not both")
+    if section.device is not None:
+        section = HostDeviceSection(device=normalise(section.device, f"{key}.device"))
+    for index, other in enumerate(others):
+        if other.host == section:
+            name = "device" if section.fd is None else "fd"
+            raise Wrong(f"{key}.{name}", section.device or section.fd, f"another than that of endpoint[{index}]")
+    return section
 
 
 def _msi_region(device: Device) -> Reserved | None:

@@ -202,6 +202,16 @@ class Mapping:
     flags: int
 
 
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """Of the iommufd; as struct viommu_iommufd_info."""
+
+    monitor_ioas: int
+    unsettled: int
+    bytes_from_monitor: int
+    bytes_from_files: int
+
+
 class EngineRegion:
     """A piece of guest memory, mapped; keeps its file open until closed and out of use."""
 
@@ -326,6 +336,33 @@ class Engine:
         _check_added(rc, endpoint, endpoint)
         self.vfio_users.append(VfioUser(out[0], endpoint))
         return self.vfio_users[-1]
+
+    def set_iommufd(self, fd: int, *, from_files: bool = False) -> None:
+        """Endpoints added by add_host_device() are behind the host's IOMMU, by this iommufd.
+
+        :param from_files: guest memory there comes from its files, whatever the front-end has mapped already.
+        :raises OSError: it is no iommufd.
+        """
+        source = lib.VIOMMU_IOMMUFD_FROM_FILES if from_files else lib.VIOMMU_IOMMUFD_FROM_MONITOR
+        rc = lib.viommu_engine_set_iommufd(self._engine, fd, source)
+        if rc != 0:
+            raise OSError(-rc, os.strerror(-rc))
+
+    def add_host_device(self, endpoint: int, fd: int, reserved: Sequence[Reserved] = ()) -> None:
+        """An endpoint whose device is this VFIO character device.
+
+        :raises ValueError: as add_endpoints().
+        """
+        rc = lib.viommu_engine_add_iommufd_endpoint(self._engine, endpoint, fd, _reserved(reserved), len(reserved))
+        _check_added(rc, endpoint, endpoint)
+
+    def settle_host_devices(self) -> HostInfo | None:
+        """Put devices where they belong that the front-end had not bound before; None: there is no iommufd."""
+        raw = ffi.new("struct viommu_iommufd_info *")
+        lib.viommu_engine_settle_iommufd(self._engine)
+        if lib.viommu_engine_iommufd_info(self._engine, raw) != 0:
+            return None
+        return HostInfo(raw.monitor_ioas, raw.unsettled, raw.bytes_from_monitor, raw.bytes_from_files)
 
     # ---------------------------------------------------------------------------------- what a session asks for
 

@@ -19,3 +19,5 @@ class Options:
     keep_listening: bool
     log_level: str
     log_format: str
+    pass_fd: tuple[tuple[str, int], ...] = ()
+    """Descriptors by name."""

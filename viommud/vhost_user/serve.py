@@ -24,6 +24,7 @@ async def serve(
     message_timeout: float = MESSAGE_TIMEOUT,
     on_session: Callable[[Session], None] | None = None,
     on_backend_channel: Callable[[BackendChannel], None] | None = None,
+    on_request: Callable[[Request], None] | None = None,
 ) -> None:
     """Serve a connected socket until the front-end closes it; the socket is closed in any case.
 
@@ -32,6 +33,7 @@ async def serve(
     :param on_session: called once with the session, for those who watch it.
     :param on_backend_channel: called with every back-end channel the front-end sets up; one channel is open at a
         time, and this function closes it.
+    :param on_request: called with every request before it is handled.
     :raises RemoteProtocolError: the front-end broke the protocol.
     """
     with ExitStack() as stack:
@@ -43,6 +45,8 @@ async def serve(
             on_session(session)
         while (request := await transport.receive()) is not None:
             assert not isinstance(request, Reply)
+            if on_request is not None:
+                on_request(request)
             response = session.handle(request)
             if response is not None:
                 try:
