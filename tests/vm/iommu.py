@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from frontend import iommu, wire
 from frontend.guest import Guest
 from frontend.packed import PackedRing
-from frontend.ring import Ring
+from frontend.ring import Ring, wait_until
 from frontend.split import SplitRing
 
 from vm.qtest import Machine
-from vm.virtio import VirtioPci
+from vm.virtio import ISR_QUEUE, VirtioPci
 
 PCI_IDS = (0x1AF4, 0x1057)
 QUEUES = 2
@@ -76,6 +76,10 @@ class Iommu(Guest):
             self.rings.append(ring)
             self.device.set_up_queue(index, ring)
         self.device.driver_ok()
+
+    def wait_interrupt(self) -> None:
+        """Wait until the device has raised the interrupt for used buffers, and clear it."""
+        wait_until(lambda: bool(self.device.isr() & ISR_QUEUE), "an interrupt")
 
     def config(self) -> iommu.Config:
         """The device's configuration space, one field at a time as a driver reads it."""

@@ -67,6 +67,8 @@ class Qmp:
                 data = self._socket.recv(65536)
             except TimeoutError:
                 raise QmpError(f"QEMU is silent for {self._seconds:g} s") from None
+            except ConnectionResetError:
+                data = b""
             if not data:
                 raise QmpError("QEMU hung up")
             self._buffer += data

@@ -90,11 +90,21 @@ class Machine:
 
 
 @contextmanager
-def start(directory: Path, board: Board, arguments: Sequence[str], *, ram: str = "") -> Iterator[Machine]:
+def start(
+    directory: Path,
+    board: Board,
+    arguments: Sequence[str],
+    *,
+    ram: str = "",
+    shared: bool = True,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[Machine]:
     """Start a machine; it ends with the block.
 
     :param arguments: further options of QEMU: devices above all.
     :param ram: more for -m, as "slots=2,maxmem=1G".
+    :param shared: as a vhost-user back-end needs it; otherwise the test does not see what is written to RAM either.
+    :param pass_fds: descriptors that QEMU inherits.
     """
     if board == "virt":
         # QEMU puts its device tree at the start of RAM at every reset.
@@ -105,16 +115,16 @@ def start(directory: Path, board: Board, arguments: Sequence[str], *, ram: str =
         piece = Ram(MEBIBYTE, RAM_SIZE - MEBIBYTE, offset=MEBIBYTE)
         machine = ["-machine", "q35,memory-backend=ram"]
     with GuestMemory(piece) as memory:
+        backing = f"memory-backend-file,id=ram,size={RAM_SIZE},mem-path=/proc/self/fd/{piece.fd}"
         options = [
             *machine,
             *("-accel", "qtest", "-qtest", "chardev:qtest", "-qtest-log", "/dev/null"),
             *("-m", f"{RAM_SIZE // MEBIBYTE}M" + (f",{ram}" if ram else "")),
-            "-object",
-            f"memory-backend-file,id=ram,size={RAM_SIZE},share=on,mem-path=/proc/self/fd/{piece.fd}",
+            *("-object", f"{backing},share={'on' if shared else 'off'}"),
             *arguments,
         ]
         emulator = assets.emulator("arm64" if board == "virt" else "amd64")
-        with Qemu(emulator, options, directory, sockets=("qtest",), pass_fds=(piece.fd,)) as qemu:
+        with Qemu(emulator, options, directory, sockets=("qtest",), pass_fds=(piece.fd, *pass_fds)) as qemu:
             registers = Registers(qemu.channel("qtest"))
             bus: PciBus = EcamBus(registers) if board == "virt" else PortBus(registers)
             yield Machine(board, qemu, registers, bus, memory)
