@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 
 from vm.archive import ArchiveError
 
-from lab import kernel, machine, site, userland
+from lab import kernel, machine, prepared, site, userland
 from lab.machine import Shape
+from lab.site import ROOT
+
+
+def _test(words: list[str], shape: Shape) -> int:
+    """Run pytest in the lab; what the tests leave is in build/lab/out."""
+    out = ROOT / "build/lab/out"
+    shutil.rmtree(out, ignore_errors=True)
+    prepared.prepare(out)
+    # The project cannot be written to there.
+    options = ["-p", "no:cacheprovider", "--basetemp=/out/tests", "-c", "/project/pyproject.toml", "--color=yes"]
+    command = ["python3", "-m", "pytest", *options, *(words or ["/project/tests/host"])]
+    return machine.run(command, shape, out)
 
 
 def main() -> int:
@@ -20,6 +33,8 @@ def main() -> int:
     what.add_parser("shell", help="a prompt in the lab")
     runner = what.add_parser("run", help="run a command in the lab; its exit status is this one's")
     runner.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD")
+    tester = what.add_parser("test", help="run the tests of tests/host in the lab")
+    tester.add_argument("words", nargs=argparse.REMAINDER, metavar="PYTEST-ARGUMENT")
     arguments = parser.parse_args()
     shape = Shape(cpus=arguments.cpus)
     try:
@@ -27,6 +42,8 @@ def main() -> int:
             return machine.shell(shape)
         if arguments.what == "run":
             return machine.run(arguments.words, shape)
+        if arguments.what == "test":
+            return _test(arguments.words, shape)
         for part in (kernel.image(), userland.root(), site.site()):
             print(part)
     except ArchiveError as error:

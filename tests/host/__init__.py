@@ -1,0 +1,1 @@
+"""Tests that need a host with KVM, iommufd and devices behind an IOMMU: they run in the lab (scripts/test host)."""
