@@ -31,19 +31,20 @@ def main() -> int:
     what = parser.add_subparsers(metavar="COMMAND", dest="what")
     what.add_parser("build", help="build what is not in the cache (the default)")
     what.add_parser("shell", help="a prompt in the lab")
-    runner = what.add_parser("run", help="run a command in the lab; its exit status is this one's")
-    runner.add_argument("words", nargs=argparse.REMAINDER, metavar="WORD")
-    tester = what.add_parser("test", help="run the tests of tests/host in the lab")
-    tester.add_argument("words", nargs=argparse.REMAINDER, metavar="PYTEST-ARGUMENT")
-    arguments = parser.parse_args()
+    what.add_parser("run", help="run a command in the lab; its exit status is this one's")
+    what.add_parser("test", help="run the tests of tests/host in the lab; what follows is for pytest")
+    given = sys.argv[1:]
+    # What follows these words is not for us, options included.
+    end = next((at + 1 for at, word in enumerate(given) if word in ("run", "test")), len(given))
+    arguments, words = parser.parse_args(given[:end]), given[end:]
     shape = Shape(cpus=arguments.cpus)
     try:
         if arguments.what == "shell":
             return machine.shell(shape)
         if arguments.what == "run":
-            return machine.run(arguments.words, shape)
+            return machine.run(words, shape)
         if arguments.what == "test":
-            return _test(arguments.words, shape)
+            return _test(words, shape)
         for part in (kernel.image(), userland.root(), site.site()):
             print(part)
     except ArchiveError as error:
