@@ -10,6 +10,8 @@
  *
  * The device: docs/specs/edu.rst of QEMU. Its DMA is not answered: a refused one only leaves no trace.
  */
+#include "guest.h"
+
 #include <fcntl.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -18,8 +20,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
-
-#include "guest.h"
 
 #define MAX_DEVICES 4u
 #define EDU_BUFFER 0x40000u
