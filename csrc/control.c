@@ -23,7 +23,7 @@ struct listing {
 static int64_t run_listing(struct viommu_engine *engine, worker_errand *errand, uint32_t domain, uint64_t from,
                            void *out, size_t max)
 {
-    struct listing listing = {engine, from, domain, out, max, 0};
+    struct listing listing = {engine, from, domain, out, max < VIOMMU_PAGE ? max : VIOMMU_PAGE, 0};
 
     worker_run(&engine->worker, errand, &listing);
     return listing.count;
@@ -34,22 +34,19 @@ static void list_endpoints(void *context)
     struct listing *listing = context;
     const struct iommu *iommu = &listing->engine->iommu;
     struct viommu_endpoint_info *out = listing->out;
-    size_t count = 0;
-    uint32_t id = 0;
+    struct id_entry page[VIOMMU_PAGE];
+    size_t count = id_table_page(&iommu->endpoints, listing->from, page, listing->max);
 
-    for (uint64_t next = listing->from; count < listing->max; next = (uint64_t)id + 1) {
-        const struct endpoint *endpoint = id_table_next(&iommu->endpoints, next, &id);
+    for (size_t i = 0; i < count; i++) {
+        const struct endpoint *endpoint = page[i].value;
 
-        if (endpoint == NULL)
-            break;
-        out[count] = (struct viommu_endpoint_info){.id = id, .attached = endpoint->domain != NULL};
+        out[i] = (struct viommu_endpoint_info){.id = endpoint->id, .attached = endpoint->domain != NULL};
         if (endpoint->domain != NULL) {
-            out[count].domain = endpoint->domain->id;
-            out[count].bypass = endpoint->domain->bypass;
+            out[i].domain = endpoint->domain->id;
+            out[i].bypass = endpoint->domain->bypass;
         } else {
-            out[count].bypass = iommu_unattached_bypass(iommu);
+            out[i].bypass = iommu_unattached_bypass(iommu);
         }
-        count++;
     }
     listing->count = (int64_t)count;
 }
@@ -67,18 +64,15 @@ size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, stru
 static void list_domains(void *context)
 {
     struct listing *listing = context;
-    const struct iommu *iommu = &listing->engine->iommu;
     struct viommu_domain_info *out = listing->out;
-    size_t count = 0;
-    uint32_t id = 0;
+    struct id_entry page[VIOMMU_PAGE];
+    size_t count = id_table_page(&listing->engine->iommu.domains, listing->from, page, listing->max);
 
-    for (uint64_t next = listing->from; count < listing->max; next = (uint64_t)id + 1) {
-        const struct domain *domain = id_table_next(&iommu->domains, next, &id);
+    for (size_t i = 0; i < count; i++) {
+        const struct domain *domain = page[i].value;
 
-        if (domain == NULL)
-            break;
-        out[count++] = (struct viommu_domain_info){
-            .id = id,
+        out[i] = (struct viommu_domain_info){
+            .id = domain->id,
             .endpoints = domain->endpoint_count,
             .mappings = domain->map != NULL ? iova_map_count(domain->map) : 0,
             .bypass = domain->bypass,

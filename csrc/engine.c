@@ -146,9 +146,9 @@ static int queue_fault(struct viommu_engine *engine, uint32_t endpoint, uint32_t
     (void)clock_gettime(CLOCK_MONOTONIC, &time);
     fault.raised_ns = (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
     rc = fault_raise(engine->worker.faults, &fault);
-    if (rc == 0)
+    if (rc != -ENOBUFS)
         worker_wake(&engine->worker);
-    return rc;
+    return rc == -ENOSPC ? -ENOBUFS : rc;
 }
 
 int viommu_engine_set_iommufd(struct viommu_engine *engine, int fd, uint32_t source)
@@ -508,6 +508,8 @@ void viommu_engine_reset(struct viommu_engine *engine)
     engine_quiesce(engine);
     iommu_reset(&engine->iommu);
     fault_clear(engine->worker.faults);
+    if (engine->inflight != NULL) /* a request that broke its ring must not be done again after the reset */
+        memset(engine->inflight, 0, viommu_inflight_size(engine->inflight_queues, engine->inflight_queue_size));
     engine->worker.needs_reset = false;
     engine_note(engine, VIOMMU_RECORDED_RESET, 0);
     engine_resume(engine);

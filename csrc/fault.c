@@ -111,6 +111,7 @@ int fault_raise(struct fault_queue *queue, const struct fault *fault)
     if (bucket != NULL && allowed(queue, bucket, fault->raised_ns)) {
         uint32_t tail = atomic_load_explicit(&queue->tail, memory_order_relaxed);
 
+        rc = -ENOSPC;
         if (tail - atomic_load_explicit(&queue->head, memory_order_acquire) < queue->capacity) {
             queue->ring[tail & queue->mask] = *fault;
             atomic_store_explicit(&queue->tail, tail + 1, memory_order_release);
@@ -149,8 +150,15 @@ void fault_done(struct fault_queue *queue)
 
 void fault_clear(struct fault_queue *queue)
 {
+    struct bucket *bucket;
+
+    (void)pthread_mutex_lock(&queue->producers);
+    for (size_t slot = 0; (bucket = id_table_each(&queue->buckets, &slot)) != NULL;)
+        free(bucket);
+    id_table_free(&queue->buckets);
     atomic_store_explicit(&queue->head, atomic_load_explicit(&queue->tail, memory_order_acquire),
                           memory_order_release);
+    (void)pthread_mutex_unlock(&queue->producers);
 }
 
 uint64_t fault_dropped(const struct fault_queue *queue)

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 struct id_slot {
     void *value; /* NULL: empty */
@@ -85,19 +86,30 @@ void id_table_remove(struct id_table *table, uint32_t id)
     table->slots[hole].value = NULL;
 }
 
-void *id_table_next(const struct id_table *table, uint64_t from, uint32_t *id)
+size_t id_table_page(const struct id_table *table, uint64_t from, struct id_entry *out, size_t max)
 {
-    void *best = NULL;
+    size_t count = 0;
 
     for (size_t i = 0; i < table->capacity; i++) {
         const struct id_slot *slot = &table->slots[i];
+        size_t low = 0, high = count;
 
-        if (slot->value != NULL && slot->id >= from && (best == NULL || slot->id < *id)) {
-            best = slot->value;
-            *id = slot->id;
+        if (slot->value == NULL || slot->id < from || (count == max && (max == 0 || slot->id > out[max - 1].id)))
+            continue;
+        while (low < high) { /* where it belongs among those kept so far */
+            size_t middle = low + (high - low) / 2;
+
+            if (out[middle].id < slot->id)
+                low = middle + 1;
+            else
+                high = middle;
         }
+        if (count < max)
+            count++;
+        memmove(&out[low + 1], &out[low], (count - 1 - low) * sizeof(out[0]));
+        out[low] = (struct id_entry){slot->id, slot->value};
     }
-    return best;
+    return count;
 }
 
 void *id_table_each(const struct id_table *table, size_t *slot)

@@ -21,8 +21,15 @@ void *id_table_get(const struct id_table *table, uint32_t id);
 /* The ID is not in the table. 0 or -ENOMEM. */
 int id_table_put(struct id_table *table, uint32_t id, void *value);
 void id_table_remove(struct id_table *table, uint32_t id);
-/* The entry with the lowest ID at or above from; NULL when there is none. */
-void *id_table_next(const struct id_table *table, uint64_t from, uint32_t *id);
+/*
+ * Up to max entries in order of their IDs, at or above from: the lowest ones there are. One scan of the table, whatever
+ * max is.
+ */
+struct id_entry {
+    uint32_t id;
+    void *value;
+};
+size_t id_table_page(const struct id_table *table, uint64_t from, struct id_entry *out, size_t max);
 
 /* Any entry, by slot: start with *slot = 0; NULL at the end. Entries may not come or go meanwhile. */
 void *id_table_each(const struct id_table *table, size_t *slot);

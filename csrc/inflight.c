@@ -18,6 +18,15 @@ uint64_t inflight_queue_bytes(uint32_t queue_size)
     return (bytes + 63) & ~63ull;
 }
 
+/*
+ * Whoever reads the region does so after this process has died, so it is the compiler alone that could put a later
+ * store first.
+ */
+static void in_order(void)
+{
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
 static uint8_t *entry_at(const struct inflight *inflight, uint16_t head)
 {
     return inflight->region + HEADER + (size_t)ENTRY * head;
@@ -102,6 +111,7 @@ void inflight_split_give(struct inflight *inflight, uint16_t head)
     if (head >= inflight->size || inflight->batched >= VIOMMU_MAX_QUEUE_SIZE)
         return;
     le16_put(entry_at(inflight, head) + 6, le16_get(inflight->region + 12));
+    in_order();
     le16_put(inflight->region + 12, head);
     inflight->batch[inflight->batched++] = head;
 }
@@ -111,5 +121,6 @@ void inflight_split_publish(struct inflight *inflight, uint16_t used_idx)
     for (uint16_t i = 0; i < inflight->batched; i++)
         __atomic_store_n(entry_at(inflight, inflight->batch[i]), 0, __ATOMIC_RELEASE);
     inflight->batched = 0;
+    in_order();
     le16_put(inflight->region + 14, used_idx);
 }

@@ -5,6 +5,8 @@
 #include <string.h>
 
 #include "counters.h"
+#include "domain.h"
+#include "range.h"
 
 int iommu_init(struct iommu *iommu, const struct viommu_settings *settings, struct viommu_stats *stats)
 {
@@ -44,7 +46,9 @@ static int place_unattached(const struct iommu *iommu, const struct endpoint *en
 
 const struct profile *iommu_profile(const struct iommu *iommu, uint32_t endpoint)
 {
-    for (const struct profile *profile = iommu->profiles; profile != NULL; profile = profile->next) {
+    /* Profiles only come, each whole before it shows: fault_raise()'s callers look from their own threads. */
+    for (const struct profile *profile = __atomic_load_n(&iommu->profiles, __ATOMIC_ACQUIRE); profile != NULL;
+         profile = profile->next) {
         if (endpoint >= profile->first && endpoint <= profile->last)
             return profile;
     }
@@ -76,11 +80,6 @@ static void forget_endpoint(struct iommu *iommu, struct endpoint *endpoint)
     free(endpoint);
 }
 
-static bool overlap(uint64_t first, uint64_t last, uint64_t other_first, uint64_t other_last)
-{
-    return first <= other_last && other_first <= last;
-}
-
 int iommu_add_endpoints(struct iommu *iommu, uint32_t first, uint32_t last, const struct viommu_reserved *reserved,
                         size_t count, struct stage2 *stage2)
 {
@@ -94,14 +93,14 @@ int iommu_add_endpoints(struct iommu *iommu, uint32_t first, uint32_t last, cons
             return -EINVAL;
         doorbells += reserved[i].subtype;
         for (size_t j = 0; j < i; j++) {
-            if (overlap(reserved[i].first, reserved[i].last, reserved[j].first, reserved[j].last))
+            if (ranges_overlap(reserved[i].first, reserved[i].last, reserved[j].first, reserved[j].last))
                 return -EINVAL;
         }
     }
     if (doorbells > 1)
         return -EINVAL;
     for (profile = iommu->profiles; profile != NULL; profile = profile->next) {
-        if (overlap(first, last, profile->first, profile->last))
+        if (ranges_overlap(first, last, profile->first, profile->last))
             return -EEXIST;
     }
     profile = calloc(1, sizeof(*profile) + count * sizeof(reserved[0]));
@@ -132,11 +131,9 @@ int iommu_add_endpoints(struct iommu *iommu, uint32_t first, uint32_t last, cons
         }
     }
     profile->next = iommu->profiles;
-    iommu->profiles = profile;
+    __atomic_store_n(&iommu->profiles, profile, __ATOMIC_RELEASE);
     return 0;
 }
-
-/* ---------------------------------------------------------------------------------------------------- domains */
 
 static enum status status_of(int rc)
 {
@@ -178,179 +175,7 @@ static struct domain *find_domain(struct iommu *iommu, uint32_t id)
     return iommu->latest;
 }
 
-static void count_domains(struct iommu *iommu)
-{
-    count_set(&iommu->stats->domains, iommu->domains.count);
-    if (iommu->domains.count > iommu->stats->peak_domains)
-        count_set(&iommu->stats->peak_domains, iommu->domains.count);
-}
-
-static void count_mappings(struct iommu *iommu, uint64_t mappings)
-{
-    iommu->mappings = mappings;
-    count_set(&iommu->stats->mappings, mappings);
-    if (mappings > iommu->stats->peak_mappings)
-        count_set(&iommu->stats->peak_mappings, mappings);
-    count_set(&iommu->stats->mapping_bytes, iova_pool_bytes(iommu->pool));
-}
-
-static int make_domain(struct iommu *iommu, uint32_t id, bool bypass, struct domain **out)
-{
-    struct domain *domain = calloc(1, sizeof(*domain));
-
-    if (domain == NULL)
-        return -ENOMEM;
-    domain->id = id;
-    domain->bypass = bypass;
-    if (!bypass) {
-        domain->map = iova_map_new(iommu->pool);
-        if (domain->map == NULL)
-            goto fail;
-    }
-    if (id_table_put(&iommu->domains, id, domain) != 0)
-        goto fail;
-    *out = domain;
-    return 0;
-fail:
-    iova_map_free(domain->map);
-    free(domain);
-    return -ENOMEM;
-}
-
-/* No endpoint is in the domain: it ends, with its mappings. */
-static void end_domain(struct iommu *iommu, struct domain *domain)
-{
-    uint64_t mappings = domain->map != NULL ? iova_map_count(domain->map) : 0;
-
-    for (size_t i = 0; i < domain->binding_count; i++)
-        domain->bindings[i].stage2->ops->close(domain->bindings[i].stage2, domain->bindings[i].domain);
-    if (iommu->latest == domain)
-        iommu->latest = NULL;
-    id_table_remove(&iommu->domains, domain->id);
-    iova_map_free(domain->map);
-    free(domain->bindings);
-    free(domain);
-    count_domains(iommu);
-    count_mappings(iommu, iommu->mappings - mappings);
-}
-
-static struct binding *find_binding(const struct domain *domain, const struct stage2 *stage2)
-{
-    for (size_t i = 0; i < domain->binding_count; i++) {
-        if (domain->bindings[i].stage2 == stage2)
-            return &domain->bindings[i];
-    }
-    return NULL;
-}
-
-/* Bring a domain with its mappings into a back-end it is not in yet. */
-static int bind(struct domain *domain, struct stage2 *stage2)
-{
-    struct binding *grown = realloc(domain->bindings, (domain->binding_count + 1) * sizeof(*grown));
-    struct stage2_domain *opened;
-    struct iova_mapping mapping;
-    uint64_t from = 0;
-    int rc;
-
-    if (grown == NULL)
-        return -ENOMEM;
-    domain->bindings = grown;
-    rc = stage2->ops->open(stage2, domain->id, &opened);
-    if (rc != 0)
-        return rc;
-    while (iova_map_next(domain->map, from, &mapping)) {
-        rc = stage2->ops->map(stage2, opened, &mapping);
-        if (rc != 0) {
-            stage2->ops->close(stage2, opened);
-            return rc;
-        }
-        from = mapping.last + 1;
-        if (from == 0)
-            break;
-    }
-    domain->bindings[domain->binding_count++] = (struct binding){stage2, opened, 0};
-    return 0;
-}
-
-static void unbind_if_empty(struct domain *domain, struct binding *binding)
-{
-    if (binding->endpoints != 0)
-        return;
-    binding->stage2->ops->close(binding->stage2, binding->domain);
-    *binding = domain->bindings[--domain->binding_count];
-}
-
-/* Take an endpoint out of its domain's books; stage 2 has moved it already. */
-static void leave(struct iommu *iommu, struct endpoint *endpoint)
-{
-    struct domain *domain = endpoint->domain;
-
-    if (endpoint->previous != NULL)
-        endpoint->previous->next = endpoint->next;
-    else
-        domain->endpoints = endpoint->next;
-    if (endpoint->next != NULL)
-        endpoint->next->previous = endpoint->previous;
-    endpoint->domain = NULL;
-    endpoint->next = endpoint->previous = NULL;
-    domain->endpoint_count--;
-    count_set(&iommu->stats->endpoints, --iommu->attached);
-    if (!domain->bypass) {
-        struct binding *binding = find_binding(domain, endpoint->profile->stage2);
-
-        binding->endpoints--;
-        if (domain->endpoint_count != 0)
-            unbind_if_empty(domain, binding);
-    }
-    if (domain->endpoint_count == 0)
-        end_domain(iommu, domain);
-}
-
-static void join(struct iommu *iommu, struct endpoint *endpoint, struct domain *domain)
-{
-    endpoint->domain = domain;
-    endpoint->previous = NULL;
-    endpoint->next = domain->endpoints;
-    if (domain->endpoints != NULL)
-        domain->endpoints->previous = endpoint;
-    domain->endpoints = endpoint;
-    domain->endpoint_count++;
-    count_set(&iommu->stats->endpoints, ++iommu->attached);
-    count_domains(iommu); /* not before: one that ends for a new one never counted beside it */
-    if (!domain->bypass)
-        find_binding(domain, endpoint->profile->stage2)->endpoints++;
-}
-
-static bool reserved_is_mapped(const struct profile *profile, const struct domain *domain)
-{
-    for (size_t i = 0; i < profile->reserved_count; i++) {
-        if (iova_map_overlaps(domain->map, profile->reserved[i].first, profile->reserved[i].last))
-            return true;
-    }
-    return false;
-}
-
 /* ---------------------------------------------------------------------------------------------------- requests */
-
-/* Remove all mappings of a domain, in stage 2 as well. */
-static int clear_domain(struct iommu *iommu, struct domain *domain)
-{
-    uint64_t removed = 0;
-    int rc = 0;
-
-    if (domain->map == NULL)
-        return 0;
-    for (size_t i = 0; i < domain->binding_count; i++) {
-        struct binding *binding = &domain->bindings[i];
-        int failed = binding->stage2->ops->unmap(binding->stage2, binding->domain, domain->map, 0, UINT64_MAX);
-
-        if (failed != 0)
-            rc = failed;
-    }
-    (void)iova_map_remove(domain->map, 0, UINT64_MAX, &removed);
-    count_mappings(iommu, iommu->mappings - removed);
-    return rc;
-}
 
 /* Bring an endpoint into a domain of the right kind, or into a new one where domain is NULL. */
 static enum status attach_endpoint(struct iommu *iommu, struct endpoint *endpoint, struct domain *domain,
@@ -365,39 +190,42 @@ static enum status attach_endpoint(struct iommu *iommu, struct endpoint *endpoin
          * The specification does not say what attaching again means. It is DETACH then ATTACH here, as for a move:
          * Linux counts on a domain whose last endpoint was re-attached being empty, and maps everything again.
          */
-        return domain->endpoint_count == 1 ? status_of(clear_domain(iommu, domain)) : STATUS_OK;
+        if (domain->endpoint_count != 1 || domain->bypass)
+            return STATUS_OK;
+        return status_of(domain_unmap(iommu, domain, 0, UINT64_MAX));
     }
     if (domain == NULL) {
         bool replaces = endpoint->domain != NULL && endpoint->domain->endpoint_count == 1;
 
         if (iommu->domains.count - replaces >= iommu->settings.max_domains)
             return at_limit(iommu);
-        if (make_domain(iommu, domain_id, bypass, &domain) != 0)
+        if (domain_new(iommu, domain_id, bypass, &domain) != 0)
             return STATUS_NOMEM;
         made = true;
     }
-    if (bypass) {
+    rc = domain_make_room(domain, endpoint->profile);
+    if (rc == 0 && bypass) {
         rc = stage2->ops->identity(stage2, endpoint->id);
-    } else if (reserved_is_mapped(endpoint->profile, domain)) {
+    } else if (rc == 0 && domain_maps_reserved(domain, endpoint->profile)) {
         rc = -EOPNOTSUPP;
-    } else {
-        bool bound = find_binding(domain, stage2) != NULL;
+    } else if (rc == 0) {
+        bool bound = domain_binding(domain, stage2) != NULL;
 
-        rc = bound ? 0 : bind(domain, stage2);
+        rc = bound ? 0 : domain_bind(domain, stage2);
         if (rc == 0) {
-            rc = stage2->ops->attach(stage2, endpoint->id, find_binding(domain, stage2)->domain);
+            rc = stage2->ops->attach(stage2, endpoint->id, domain_binding(domain, stage2)->domain);
             if (rc != 0 && !bound)
-                unbind_if_empty(domain, find_binding(domain, stage2));
+                domain_unbind_if_empty(domain, domain_binding(domain, stage2));
         }
     }
     if (rc != 0) {
         if (made)
-            end_domain(iommu, domain);
+            domain_end(iommu, domain);
         return status_of(rc);
     }
     if (endpoint->domain != NULL)
-        leave(iommu, endpoint);
-    join(iommu, endpoint, domain);
+        domain_leave(iommu, endpoint);
+    domain_join(iommu, endpoint, domain);
     return STATUS_OK;
 }
 
@@ -440,26 +268,8 @@ enum status iommu_detach(struct iommu *iommu, uint32_t domain_id, uint32_t endpo
     if (endpoint == NULL || endpoint->domain == NULL || endpoint->domain->id != domain_id)
         return STATUS_INVAL;
     rc = place_unattached(iommu, endpoint);
-    leave(iommu, endpoint);
+    domain_leave(iommu, endpoint);
     return status_of(rc);
-}
-
-static bool in_reserved(const struct domain *domain, uint64_t first, uint64_t last)
-{
-    const struct profile *seen = NULL;
-
-    for (const struct endpoint *endpoint = domain->endpoints; endpoint != NULL; endpoint = endpoint->next) {
-        const struct profile *profile = endpoint->profile;
-
-        if (profile == seen) /* neighbours mostly share one */
-            continue;
-        seen = profile;
-        for (size_t i = 0; i < profile->reserved_count; i++) {
-            if (overlap(first, last, profile->reserved[i].first, profile->reserved[i].last))
-                return true;
-        }
-    }
-    return false;
 }
 
 /*
@@ -477,7 +287,6 @@ enum status iommu_map(struct iommu *iommu, uint32_t domain_id, const struct iova
 {
     uint64_t phys_last;
     struct domain *domain;
-    size_t mapped;
     int rc;
 
     if (!domain_in_range(iommu, domain_id))
@@ -493,7 +302,7 @@ enum status iommu_map(struct iommu *iommu, uint32_t domain_id, const struct iova
         return STATUS_RANGE;
     if (__builtin_add_overflow(mapping->phys, mapping->last - mapping->first, &phys_last))
         return STATUS_RANGE;
-    if (in_reserved(domain, mapping->first, mapping->last))
+    if (domain_reserves(domain, mapping->first, mapping->last))
         return STATUS_INVAL;
     if (iova_map_count(domain->map) >= iommu->settings.max_domain_mappings ||
         iommu->mappings >= iommu->settings.max_mappings) {
@@ -506,32 +315,18 @@ enum status iommu_map(struct iommu *iommu, uint32_t domain_id, const struct iova
     rc = iova_map_insert(domain->map, mapping);
     if (rc != 0)
         return rc == -EEXIST ? STATUS_INVAL : STATUS_NOMEM;
-    for (mapped = 0; mapped < domain->binding_count; mapped++) {
-        struct binding *binding = &domain->bindings[mapped];
-
-        rc = binding->stage2->ops->map(binding->stage2, binding->domain, mapping);
-        if (rc != 0)
-            break;
-    }
+    rc = domain_map(domain, mapping);
     if (rc != 0) {
-        while (mapped-- > 0) {
-            struct binding *binding = &domain->bindings[mapped];
-
-            (void)binding->stage2->ops->unmap(binding->stage2, binding->domain, domain->map, mapping->first,
-                                              mapping->last);
-        }
         (void)iova_map_remove(domain->map, mapping->first, mapping->last, NULL);
         return status_of(rc);
     }
-    count_mappings(iommu, iommu->mappings + 1);
+    iommu_count_mappings(iommu, iommu->mappings + 1);
     return STATUS_OK;
 }
 
 enum status iommu_unmap(struct iommu *iommu, uint32_t domain_id, uint64_t first, uint64_t last)
 {
     struct domain *domain;
-    uint64_t removed = 0;
-    int rc = 0;
 
     if (!domain_in_range(iommu, domain_id))
         return STATUS_RANGE;
@@ -542,16 +337,7 @@ enum status iommu_unmap(struct iommu *iommu, uint32_t domain_id, uint64_t first,
         return STATUS_INVAL;
     if (iova_map_check_remove(domain->map, first, last) != 0)
         return STATUS_RANGE;
-    for (size_t i = 0; i < domain->binding_count; i++) {
-        struct binding *binding = &domain->bindings[i];
-        int failed = binding->stage2->ops->unmap(binding->stage2, binding->domain, domain->map, first, last);
-
-        if (failed != 0)
-            rc = failed;
-    }
-    (void)iova_map_remove(domain->map, first, last, &removed);
-    count_mappings(iommu, iommu->mappings - removed);
-    return status_of(rc);
+    return status_of(domain_unmap(iommu, domain, first, last));
 }
 
 /* ------------------------------------------------------------------------------------------------ control plane */
@@ -564,7 +350,7 @@ void iommu_reset(struct iommu *iommu)
     while ((endpoint = id_table_each(&iommu->endpoints, &slot)) != NULL) {
         if (endpoint->domain != NULL) {
             (void)place_unattached(iommu, endpoint);
-            leave(iommu, endpoint);
+            domain_leave(iommu, endpoint);
         }
     }
     /* Endpoint objects that only a guest's request made go as well, so that they cannot pile up over resets. */

@@ -42,6 +42,12 @@ struct binding {
     unsigned endpoints;
 };
 
+/* How many endpoints of a domain are of one profile: what it reserves is looked at on every MAP. */
+struct profile_use {
+    const struct profile *profile;
+    unsigned endpoints;
+};
+
 struct domain {
     uint32_t id;
     bool bypass;
@@ -50,6 +56,8 @@ struct domain {
     struct iova_map *map; /* NULL in a bypass domain */
     struct binding *bindings;
     size_t binding_count;
+    struct profile_use *uses;
+    size_t use_count;
 };
 
 struct iommu {

@@ -8,8 +8,8 @@
  *
  * Conventions: opaque handles; 0 or a negative errno; results through out-parameters; range ends are inclusive;
  * file descriptors passed in are borrowed (the engine duplicates what it keeps). The only exceptions to the
- * one-thread rule are viommu_engine_fault() and viommu_engine_take_records(), which may be called from any one
- * further thread each.
+ * one-thread rule are viommu_engine_fault(), which any thread may call, and viommu_engine_take_records(), which one
+ * further thread may.
  *
  * What stands between the two cffi marks is read by cffi as well as by C: declarations and plain constants only.
  */
@@ -241,7 +241,11 @@ int viommu_engine_record_fd(struct viommu_engine *engine);
 size_t viommu_engine_take_records(struct viommu_engine *engine, struct viommu_record *out, size_t max,
                                   uint64_t *lost);
 
-/* Pages of a listing, in order from an ID or address; each call stops the worker for at most max steps. */
+/*
+ * Pages of a listing, in order from an ID or address: up to max entries, and VIOMMU_PAGE at most. A page of endpoints
+ * or domains looks once through the table of all, a page of mappings at no more than it gives.
+ */
+#define VIOMMU_PAGE 256
 size_t viommu_engine_endpoints(struct viommu_engine *engine, uint32_t from, struct viommu_endpoint_info *out,
                                size_t max);
 size_t viommu_engine_domains(struct viommu_engine *engine, uint32_t from, struct viommu_domain_info *out, size_t max);

@@ -204,7 +204,8 @@ static bool serve_faults(struct worker *worker)
 
     if (!fault_waiting(worker->faults))
         return false;
-    while (served < WORKER_BATCH && queue->running && fault_peek(worker->faults, now_ns(), &fault)) {
+    /* Looked at even where no queue runs: what has waited too long makes room for what has not. */
+    while (served < WORKER_BATCH && fault_peek(worker->faults, now_ns(), &fault) && queue->running) {
         uint8_t report[FAULT_REPORT_MAX];
 
         rc = virtqueue_take(&queue->vq, &worker->chain);

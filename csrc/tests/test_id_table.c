@@ -68,23 +68,32 @@ static void test_random_against_model(void)
     }
 }
 
-/* Listing goes in the order of IDs from any start, to the last possible ID; each() meets every entry once. */
+/* A page has the lowest IDs from any start on, in order, to the last possible ID; each() meets every entry once. */
 static void test_order(void)
 {
     static const uint32_t ids[] = {UINT32_MAX, 7, 0, 0x80000000u, 8, UINT32_MAX - 1};
     static const uint32_t sorted[] = {0, 7, 8, 0x80000000u, UINT32_MAX - 1, UINT32_MAX};
     struct id_table table = {0};
+    struct id_entry page[7];
     size_t seen = 0;
-    uint32_t id = 99;
 
-    CHECK(id_table_next(&table, 0, &id) == NULL);
+    CHECK_EQ(id_table_page(&table, 0, page, 7), 0);
     id_table_remove(&table, 5);
     for (size_t i = 0; i < sizeof(ids) / sizeof(ids[0]); i++)
         CHECK_EQ(id_table_put(&table, ids[i], (void *)(uintptr_t)&ids[i]), 0);
-    for (uint64_t from = 0; id_table_next(&table, from, &id) != NULL; from = (uint64_t)id + 1)
-        CHECK_EQ(id, sorted[seen++]);
-    CHECK_EQ(seen, 6);
-    seen = 0;
+    for (size_t first = 0; first <= 6; first++) {
+        uint64_t from = first == 6 ? (uint64_t)UINT32_MAX + 1 : sorted[first];
+
+        for (size_t max = 0; max <= 7; max++) {
+            size_t left = 6 - first, count = id_table_page(&table, from, page, max);
+
+            CHECK_EQ(count, left < max ? left : max);
+            for (size_t i = 0; i < count; i++) {
+                CHECK_EQ(page[i].id, sorted[first + i]);
+                CHECK_EQ(*(const uint32_t *)page[i].value, sorted[first + i]);
+            }
+        }
+    }
     for (size_t slot = 0; id_table_each(&table, &slot) != NULL;)
         seen++;
     CHECK_EQ(seen, 6);

@@ -263,7 +263,6 @@ static enum status unmap(struct fixture *f, uint32_t domain, uint64_t page, uint
 static void describe(const struct fixture *f, char *out, size_t size)
 {
     size_t at = 0;
-    uint32_t id = 0;
     const struct domain *domain;
 
 #define SAY(...) at += (size_t)snprintf(out + at, at < size ? size - at : 0, __VA_ARGS__)
@@ -272,7 +271,7 @@ static void describe(const struct fixture *f, char *out, size_t size)
         (const void *)f->iommu.memory);
     SAY("stats %llu %llu %llu\n", (unsigned long long)f->stats.endpoints, (unsigned long long)f->stats.domains,
         (unsigned long long)f->stats.mappings);
-    for (uint64_t from = 0; (domain = id_table_next(&f->iommu.domains, from, &id)) != NULL; from = (uint64_t)id + 1) {
+    for (size_t slot = 0; (domain = id_table_each(&f->iommu.domains, &slot)) != NULL;) {
         struct iova_mapping mapping;
 
         SAY("domain %u bypass %d endpoints %u bindings %zu\n", domain->id, domain->bypass, domain->endpoint_count,
@@ -317,10 +316,9 @@ static void describe(const struct fixture *f, char *out, size_t size)
 static void check_consistent(const struct fixture *f)
 {
     unsigned bindings = 0, opened = 0;
-    uint32_t id = 0;
     const struct domain *domain;
 
-    for (uint64_t from = 0; (domain = id_table_next(&f->iommu.domains, from, &id)) != NULL; from = (uint64_t)id + 1) {
+    for (size_t slot = 0; (domain = id_table_each(&f->iommu.domains, &slot)) != NULL;) {
         unsigned members = 0;
 
         CHECK(domain->endpoint_count != 0);
