@@ -74,11 +74,16 @@ def rig(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
         yield Rig(tmp_path, request.param, stack)
 
 
-def finish(guest: Guest, daemon: Daemon, address: str = ADDRESS) -> dict[str, Any]:
-    """Power off; what the daemon says of an endpoint in the end."""
+def summary_of(daemon: Daemon, address: str) -> dict[str, Any]:
+    """What the daemon says of an endpoint in the end."""
+    return daemon.logged("vfio-user-summary", lambda line: line["endpoint"] == address)
+
+
+def finish(guest: Guest, daemon: Daemon) -> dict[str, Any]:
+    """Power off; what the daemon says of the endpoint at ADDRESS."""
     assert guest.power_off() == 0
     assert daemon.wait() == 0
-    return daemon.logged("vfio-user-summary", lambda line: line["endpoint"] == address)
+    return summary_of(daemon, ADDRESS)
 
 
 @pytest.mark.parametrize("flushing", ["iommu.strict=1", "iommu.strict=0"])
@@ -192,7 +197,7 @@ def test_two_devices_in_two_domains(rig: Rig) -> None:
         assert result["written"] == result["read"]
         assert (result["mismatches"], result["errors"]) == ("0", "0")
     summary = finish(guest, daemon)
-    other = daemon.logged("vfio-user-summary", lambda line: line["endpoint"] == OTHER)
+    other = summary_of(daemon, OTHER)
     assert summary["refused"] == other["refused"] == 0
     assert min(summary["dma_maps"], other["dma_maps"]) > 100
     assert daemon.logged("session-ended")["peak_domains"] == 2
@@ -206,9 +211,8 @@ def test_two_devices_in_one_domain(rig: Rig) -> None:
     full = f"0000:{ADDRESS} 0000:{OTHER}"
     guest.check(f"bind vfio-pci {full}")
     guest.check(f"vfio_map -n 200 -r 2 {full}")
-    finish(guest, daemon)
-    for address in (ADDRESS, OTHER):
-        summary = daemon.logged("vfio-user-summary", lambda line, address=address: line["endpoint"] == address)
+    summaries = finish(guest, daemon), summary_of(daemon, OTHER)
+    for summary in summaries:
         assert summary["dma_maps"] >= 400
         assert summary["server_failures"] == 0
     assert {engine.stop()["maps"] >= 400 for engine in engines} == {True}
