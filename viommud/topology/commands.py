@@ -15,7 +15,7 @@ from viommud.config import load as load_config
 from viommud.device_setup import plan
 from viommud.errors import UsageError
 from viommud.settings import Settings
-from viommud.topology import builtin, check, cpio, dt, iort, output, qemu_args, viot, viot_v5
+from viommud.topology import builtin, check, cpio, dt, iort, option_rom, output, qemu_args, viot, viot_v5
 from viommud.topology.check import Finding, Severity
 from viommud.topology.endpoints import parse_device
 from viommud.topology.errors import TopologyError
@@ -28,6 +28,7 @@ EXIT_STATUS = {Severity.NOTE: 0, Severity.WARNING: 3, Severity.ERROR: 4}
 """Of `topology check`, by the worst finding; 2 is a mistake in the command line or in an input."""
 
 _Parser = argparse.ArgumentParser
+_Options = argparse._ActionsContainer
 
 
 def add_commands(subparsers: Any) -> None:
@@ -40,16 +41,22 @@ def add_commands(subparsers: Any) -> None:
     )
     kinds = topology.add_subparsers(required=True, metavar="KIND")
     _dt(_command(kinds, "dt", "add it to a device tree", _write_dt))
-    _acpi(_command(kinds, "viot", "as ACPI table VIOT", _acpi_writer(viot.render, "viot.aml")))
+    table = _command(kinds, "viot", "as ACPI table VIOT", _write_viot)
+    _acpi(table).add_argument(
+        "--option-rom",
+        action="store_true",
+        help="write an option ROM that gives the table to the guest, for machines without -acpitable: virt with UEFI"
+        " (romfile= of the IOMMU's device) and microvm (-option-rom)",
+    )
     node = _command(kinds, "iort", "as ACPI table IORT, for drivers of 2017 and 2018", _write_iort)
     _acpi(node)
     node.add_argument(
         "--its", metavar="ID", type=_number, action="append", default=[], help="identifier of a GIC ITS of the platform"
     )
-    _acpi(_command(kinds, "viot-v5", "as VIOT in its draft of 2019", _acpi_writer(viot_v5.render, "viot.aml")))
+    _acpi(_command(kinds, "viot-v5", "as VIOT in its draft of 2019", _write_viot_v5))
     checker = _command(kinds, "check", "hold it against a description and a running QEMU", _check)
     checker.add_argument("--dt", metavar="FILE", type=Path, help="device tree that the guest is given")
-    checker.add_argument("--viot", metavar="FILE", type=Path, help="VIOT that the guest is given")
+    checker.add_argument("--viot", metavar="FILE", type=Path, help="VIOT that the guest is given, or its option ROM")
     checker.add_argument("--qmp", metavar="SOCKET", type=Path, help="UNIX socket of QEMU's machine protocol")
     _qemu_args(_command(subparsers, "qemu-args", "the QEMU command line that goes with the configuration", _print_args))
 
@@ -143,13 +150,15 @@ def _write_dt(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _acpi(parser: _Parser) -> None:
+def _acpi(parser: _Parser) -> _Options:
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="file to write")
-    parser.add_argument(
+    form: _Options = parser.add_mutually_exclusive_group()
+    form.add_argument(
         "--initrd-override",
         action="store_true",
         help="write a cpio archive with the table, to go in front of a Linux guest's initial RAM disk",
     )
+    return form
 
 
 def _write_acpi(arguments: argparse.Namespace, table: bytes, name: str) -> int:
@@ -157,8 +166,17 @@ def _write_acpi(arguments: argparse.Namespace, table: bytes, name: str) -> int:
     return 0
 
 
-def _acpi_writer(render: Callable[[Topology], bytes], name: str) -> Callable[[argparse.Namespace], int]:
-    return lambda arguments: _write_acpi(arguments, render(_topology(arguments)), name)
+def _write_viot(arguments: argparse.Namespace) -> int:
+    topology = _topology(arguments)
+    table = viot.render(topology)
+    if arguments.option_rom:
+        output.write(arguments.output, option_rom.render(topology, table))
+        return 0
+    return _write_acpi(arguments, table, "viot.aml")
+
+
+def _write_viot_v5(arguments: argparse.Namespace) -> int:
+    return _write_acpi(arguments, viot_v5.render(_topology(arguments)), "viot.aml")
 
 
 def _write_iort(arguments: argparse.Namespace) -> int:
@@ -173,7 +191,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.dt is not None:
         found += check.check_description(topology, dt.read(_read(arguments.dt), str(arguments.dt)))
     if arguments.viot is not None:
-        found += check.check_description(topology, viot.read(_read(arguments.viot), str(arguments.viot)))
+        found += check.check_description(
+            topology, viot.read(option_rom.table_in(_read(arguments.viot)), str(arguments.viot))
+        )
     if arguments.qmp is not None:
         with Qmp(arguments.qmp) as qemu:
             found += check.check_running(topology, look(qemu))
@@ -192,6 +212,7 @@ def _qemu_args(parser: _Parser) -> None:
     parser.add_argument("--accel", choices=("kvm", "tcg"), default="kvm", help="(default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--topology", metavar="FILE", type=Path, help="device tree or VIOT that `viommud topology` wrote")
+    what.add_argument("--option-rom", metavar="FILE", type=Path, help="what `viommud topology viot --option-rom` wrote")
     what.add_argument(
         "--dump-dtb",
         metavar="FILE",
@@ -228,6 +249,7 @@ def _print_args(arguments: argparse.Namespace) -> int:
         socket=arguments.socket_path,
         config_size=config_size,
         topology_file=arguments.topology,
+        option_rom=arguments.option_rom,
         devices=tuple(arguments.device),
     )
     if arguments.dump_dtb is not None:

@@ -72,6 +72,8 @@ class Guest:
     """Bytes of the IOMMU's configuration space."""
     topology_file: Path | None
     """Device tree or VIOT; None where the machine takes none."""
+    option_rom: Path | None = None
+    """VIOT in an option ROM."""
     devices: tuple[Device, ...] = ()
 
 
@@ -104,7 +106,7 @@ def iommu_line(topology: Topology, guest: Guest) -> Line:
     """
     machine = topology.machine
     _check_machine(topology, guest)
-    arguments = [*_platform(machine, guest, ""), *_devices(topology, guest.devices)]
+    arguments = [*_platform(machine, guest, _pcie(topology)), *_devices(topology, guest.devices)]
     arguments.append(Argument("-chardev", f"socket,id={_CHARDEV},path={_escape(guest.socket)}"))
     generic = (
         f"chardev={_CHARDEV},virtio-id={VIRTIO_ID_IOMMU},num_vqs={QUEUES},vq_size={QUEUE_SIZE}"
@@ -116,7 +118,10 @@ def iommu_line(topology: Topology, guest: Guest) -> Line:
         arguments.append(Argument("-device", f"vhost-user-test-device,bus=virtio-mmio-bus.{slot},{generic}"))
     else:
         address = _address(topology.iommu, "the IOMMU")
-        arguments.append(Argument("-device", f"vhost-user-test-device-pci,{address},{generic}"))
+        rom = f",romfile={_escape(guest.option_rom)}" if guest.option_rom is not None and machine == "virt" else ""
+        arguments.append(Argument("-device", f"vhost-user-test-device-pci,{address},{generic}{rom}"))
+    if guest.option_rom is not None and machine == "microvm":
+        arguments.append(Argument("-option-rom", str(guest.option_rom)))
     if guest.topology_file is not None:
         if machine == "virt":
             arguments.append(Argument("-dtb", str(guest.topology_file)))
@@ -140,11 +145,24 @@ def _check_machine(topology: Topology, guest: Guest) -> None:
     for bridge in topology.bridges:
         if bridge.segment:
             raise TopologyError(f"{bridge}: the machines of QEMU have PCI segment 0 only")
-    if topology.machine == "microvm":
-        if isinstance(topology.iommu, PciPlace) or guest.devices:
-            raise TopologyError("topology.machine: viommud uses microvm without PCI; name a virtio-mmio window")
-        if guest.topology_file is not None:
-            raise TopologyError("topology.machine: microvm takes neither a device tree nor -acpitable")
+    if topology.machine == "microvm" and guest.topology_file is not None:
+        raise TopologyError(
+            "topology.machine: microvm takes neither a device tree nor -acpitable",
+            hint="make an option ROM with `viommud topology viot --option-rom` and give it with --option-rom",
+        )
+    if guest.option_rom is not None:
+        if topology.machine == "q35":
+            raise TopologyError("topology.machine: q35 takes no option ROM; give the VIOT with --topology")
+        if topology.machine == "virt" and not isinstance(topology.iommu, PciPlace):
+            raise TopologyError(
+                f"topology.iommu: {topology.iommu} is no PCI function, and on virt a ROM belongs to a PCI function"
+            )
+
+
+def _pcie(topology: Topology) -> str:
+    """What -machine needs besides, for a machine that has PCI only when told so."""
+    on_pci = isinstance(topology.iommu, PciPlace) or topology.pci
+    return ",pcie=on" if topology.machine == "microvm" and on_pci else ""
 
 
 def _platform(machine: Machine, guest: Guest, more: str) -> list[Argument]:

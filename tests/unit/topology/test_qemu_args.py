@@ -90,6 +90,23 @@ def test_the_mmio_transport(machine: str, base: int, slot: int) -> None:
     assert f"vhost-user-test-device,bus=virtio-mmio-bus.{slot},{GENERIC}" in words
 
 
+@pytest.mark.parametrize("iommu", ["00:01.0", "mmio:0xfeb02e00"])
+def test_microvm_takes_an_option_rom(iommu: str) -> None:
+    """With endpoints on PCI the machine is told to have PCI, and the table comes as an option ROM."""
+    made = topology([(0x10, 0x10)], machine="microvm", iommu=iommu)
+    words = qemu_args.iommu_line(made, guest(option_rom=Path("viot.rom"))).words()
+    assert words[words.index("-machine") + 1] == "microvm,memory-backend=viommud-memory,pcie=on"
+    assert words[words.index("-option-rom") + 1] == "viot.rom"
+    assert not any("romfile" in word for word in words)
+
+
+def test_virt_takes_a_rom_of_the_iommu_s_device() -> None:
+    """With UEFI the table comes in the ROM of the IOMMU's own function; commas are doubled."""
+    words = qemu_args.iommu_line(topology([(0x10, 0x10)]), guest(option_rom=Path("a,b.rom"))).words()
+    assert f"vhost-user-test-device-pci,bus=pcie.0,addr=01.0,{GENERIC},romfile=a,,b.rom" in words
+    assert "-option-rom" not in words
+
+
 def test_the_dump_has_the_same_machine() -> None:
     """The line that dumps the base agrees with the guest's in all that a tree depends on, and needs no socket."""
     made = topology([(0x10, 0x10)])
@@ -137,7 +154,8 @@ def test_libvirt_gets_what_it_cannot_say_itself() -> None:
         ([], {"iommu": "mmio:0xa003f00"}, {}, "one every 0x200; 0xa003f00 is none of them"),
         ([], {"iommu": "mmio:0xa004000"}, {}, "0xa004000 is none of them"),
         ([], {"iommu": "01:00.0"}, {}, "the IOMMU: 0000:01:00.0 is not on bus 00"),
-        ([], {"machine": "microvm"}, {}, "uses microvm without PCI"),
+        ([(0x10, 0x10)], {"machine": "q35"}, {"option_rom": Path("viot.rom")}, "q35 takes no option ROM"),
+        ([(0x10, 0x10)], {"iommu": "mmio:0xa003e00"}, {"option_rom": Path("viot.rom")}, "is no PCI function"),
         (
             [],
             {"machine": "microvm", "iommu": "mmio:0xfeb00000"},
