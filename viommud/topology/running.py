@@ -17,7 +17,7 @@ _TEST_DEVICE = re.compile(r"vhost-user-(test-)?device")
 _CONTAINERS = ("/machine/peripheral", "/machine/peripheral-anon")
 _CHILD = re.compile(r"child<(.+)>")
 _MMIO_BUS = re.compile(r"virtio-mmio-bus\.(\d+)$")
-_SLOT = re.compile(r"([0-9a-fA-F]{1,2})\.([0-7])$")
+_SLOT = re.compile(r"([0-9a-fA-F]{1,2})\.([0-7])")
 
 
 class Asker(Protocol):
@@ -54,7 +54,8 @@ class _Plugged:
     name: str
     kind: str
     parent_bus: str
-    address: str
+    devfn: int | None
+    """device<<3 | function; None where QEMU does not tell it."""
 
 
 def look(qemu: Asker) -> Running:
@@ -86,8 +87,16 @@ def _plugged(qemu: Asker) -> Iterable[_Plugged]:
                 path = f"{container}/{child['name']}"
                 properties = {entry["name"] for entry in qemu.ask("qom-list", path=path)}
                 bus = qemu.ask("qom-get", path=path, property="parent_bus") if "parent_bus" in properties else ""
-                address = qemu.ask("qom-get", path=path, property="addr") if "addr" in properties else ""
-                yield _Plugged(child["name"], match[1], str(bus or ""), str(address))
+                address = qemu.ask("qom-get", path=path, property="addr") if "addr" in properties else None
+                yield _Plugged(child["name"], match[1], str(bus or ""), _devfn(address))
+
+
+def _devfn(address: object) -> int | None:
+    """A device's place on its bus: QEMU 11 tells a number; as a string it is what -device takes, "02.0"."""
+    if isinstance(address, int):
+        return address
+    match = _SLOT.fullmatch(str(address))
+    return int(match[1], 16) << 3 | int(match[2]) if match else None
 
 
 def _functions(
@@ -107,12 +116,10 @@ def _kind(name: str, slot: int, function: int, plugged: Iterable[_Plugged], on_r
     for device in plugged:
         if name and device.name == name:
             return device.kind
-        match = _SLOT.match(device.address)
         if (
             on_root
             and not name
-            and match
-            and (int(match[1], 16), int(match[2])) == (slot, function)
+            and device.devfn == slot << 3 | function
             and device.parent_bus.rsplit("/", 1)[-1] in ("pcie.0", "pci.0")
         ):
             return device.kind

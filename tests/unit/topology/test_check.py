@@ -225,11 +225,11 @@ def test_the_machine_is_read_by_name_and_by_address() -> None:
     answers = Answers(
         [{"bus": 0, "devices": [pci(1), pci(2, "port", pci_bridge=below), pci(3)]}],
         {
-            "/machine/peripheral/port": {"type": "pcie-root-port", "addr": "02.0", "parent_bus": "/machine/x/pcie.0"},
-            "/machine/peripheral/disk": {"type": "vfio-pci", "addr": "00.0", "parent_bus": "/machine/port/port"},
+            "/machine/peripheral/port": {"type": "pcie-root-port", "addr": 0x10, "parent_bus": "/machine/x/pcie.0"},
+            "/machine/peripheral/disk": {"type": "vfio-pci", "addr": 0, "parent_bus": "/machine/port/port"},
             "/machine/peripheral-anon/device[0]": {
                 "type": "vhost-user-test-device-pci",
-                "addr": "01.0",
+                "addr": 0x08,
                 "parent_bus": "/machine/x/pcie.0",
             },
             "/machine/peripheral-anon/device[1]": {
