@@ -8,7 +8,6 @@
 
 #include "counters.h"
 #include "engine.h"
-#include "stage2_iommufd.h"
 #include "vfio_user.h"
 
 #define PROBE_SIZE_MAX 4096u
@@ -113,7 +112,7 @@ void viommu_engine_free(struct viommu_engine *engine)
         engine->vfio_users = user->next;
         vfio_user_free(user);
     }
-    stage2_iommufd_free(engine->iommufd);
+    engine_free_host(engine);
     recording_free(engine->worker.taps.recording);
     records_free(engine->worker.records);
     fault_queue_free(engine->worker.faults);
@@ -149,49 +148,6 @@ static int queue_fault(struct viommu_engine *engine, uint32_t endpoint, uint32_t
     if (rc != -ENOBUFS)
         worker_wake(&engine->worker);
     return rc == -ENOSPC ? -ENOBUFS : rc;
-}
-
-int viommu_engine_set_iommufd(struct viommu_engine *engine, int fd, uint32_t source)
-{
-    return engine->iommufd != NULL ? -EEXIST : stage2_iommufd_new(fd, source, stage2_ioctl, &engine->iommufd);
-}
-
-int viommu_engine_add_iommufd_endpoint(struct viommu_engine *engine, uint32_t endpoint, int fd,
-                                       const struct viommu_reserved *reserved, size_t count)
-{
-    int rc;
-
-    if (engine->iommufd == NULL)
-        return -ENODEV;
-    worker_park(&engine->worker);
-    rc = stage2_iommufd_add(engine->iommufd, endpoint, fd);
-    if (rc == 0) {
-        rc = iommu_add_endpoints(&engine->iommu, endpoint, endpoint, reserved, count,
-                                 stage2_iommufd_stage2(engine->iommufd));
-        if (rc != 0)
-            stage2_iommufd_remove(engine->iommufd, endpoint);
-    }
-    worker_unpark(&engine->worker);
-    return rc;
-}
-
-void viommu_engine_settle_iommufd(struct viommu_engine *engine)
-{
-    if (engine->iommufd == NULL)
-        return;
-    worker_park(&engine->worker);
-    stage2_iommufd_settle(engine->iommufd);
-    worker_unpark(&engine->worker);
-}
-
-int viommu_engine_iommufd_info(struct viommu_engine *engine, struct viommu_iommufd_info *out)
-{
-    if (engine->iommufd == NULL)
-        return -ENODEV;
-    worker_park(&engine->worker);
-    stage2_iommufd_info(engine->iommufd, out);
-    worker_unpark(&engine->worker);
-    return 0;
 }
 
 static void raise_fault(void *context, uint32_t endpoint, enum fault_reason reason, uint32_t flags, uint64_t address)

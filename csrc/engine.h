@@ -19,6 +19,7 @@ struct viommu_engine {
     uint32_t inflight_queue_size;
     struct viommu_vfio_user *vfio_users;
     struct viommu_iommufd *iommufd; /* NULL: none */
+    struct host_container *containers;
     struct player *player;      /* NULL: nothing was played */
     struct viommu_stats stats; /* the worker's */
 };
@@ -33,6 +34,9 @@ void engine_resume(struct viommu_engine *engine);
 /* While quiesced: something other than a request has changed the device; for the recording, if there is one. */
 void engine_note(struct viommu_engine *engine, uint8_t kind, uint64_t value);
 void engine_note_memory(struct viommu_engine *engine);
+
+/* What is behind the host's IOMMU; the endpoints have gone already. */
+void engine_free_host(struct viommu_engine *engine);
 
 void player_free(struct player *player);
 

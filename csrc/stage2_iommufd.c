@@ -4,11 +4,11 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "host_memory.h"
 #include "iommufd_uapi.h"
+#include "wire.h"
 
 /* Object IDs that are tried in search of the monitor's IOAS: it makes a handful of objects, and IDs are given from 1. */
 #define SEARCH_IDS 256u
@@ -36,7 +36,7 @@ struct domain_ioas {
 struct viommu_iommufd {
     struct stage2 stage2;
     int fd;
-    stage2_ioctl_fn call;
+    host_ioctl_fn call;
     uint32_t source;
     uint32_t identity;
     uint32_t monitor;  /* the monitor's IOAS, as of the last change of memory; 0: none */
@@ -46,16 +46,6 @@ struct viommu_iommufd {
     const struct guest_memory *memory; /* as last told */
     struct device *devices;
 };
-
-int stage2_ioctl(int fd, unsigned long request, void *argument)
-{
-    int rc;
-
-    do {
-        rc = ioctl(fd, request, argument);
-    } while (rc < 0 && errno == EINTR);
-    return rc < 0 ? -errno : 0;
-}
 
 static struct viommu_iommufd *iommufd_of(struct stage2 *stage2)
 {
@@ -246,8 +236,8 @@ struct into {
 static int map_piece(void *context, const struct host_piece *piece)
 {
     const struct into *into = context;
-    uint32_t access = ((piece->flags & VIOMMU_ACCESS_READ) != 0 ? HOST_IOMMU_READABLE : 0) |
-                      ((piece->flags & VIOMMU_ACCESS_WRITE) != 0 ? HOST_IOMMU_WRITEABLE : 0);
+    uint32_t access = ((piece->flags & MAP_FLAG_READ) != 0 ? HOST_IOMMU_READABLE : 0) |
+                      ((piece->flags & MAP_FLAG_WRITE) != 0 ? HOST_IOMMU_WRITEABLE : 0);
 
     return ioas_copy(into->iommufd, into->ioas, piece->iova, into->iommufd->identity,
                      piece->region->gpa + piece->offset, piece->length, access);
@@ -488,7 +478,7 @@ void stage2_iommufd_info(const struct viommu_iommufd *iommufd, struct viommu_iom
         out->unsettled += device->wanted != device->reach;
 }
 
-int stage2_iommufd_new(int fd, uint32_t source, stage2_ioctl_fn call, struct viommu_iommufd **out)
+int stage2_iommufd_new(int fd, uint32_t source, host_ioctl_fn call, struct viommu_iommufd **out)
 {
     static const struct stage2_ops ops = {
         .name = "iommufd",

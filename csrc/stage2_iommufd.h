@@ -17,21 +17,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "host_ioctl.h"
 #include "stage2.h"
 #include "viommu.h"
 
 struct viommu_iommufd;
 
-/* How the kernel is called: 0 or -errno. Tests of errors that no kernel gives on demand put their own here. */
-typedef int (*stage2_ioctl_fn)(int fd, unsigned long request, void *argument);
-
-/* The real one. */
-int stage2_ioctl(int fd, unsigned long request, void *argument);
-
 /*
  * A back-end without devices; fd is duplicated. -ENOTTY or -EINVAL: fd is no iommufd. -EINVAL: an unknown source.
  */
-int stage2_iommufd_new(int fd, uint32_t source, stage2_ioctl_fn call, struct viommu_iommufd **out);
+int stage2_iommufd_new(int fd, uint32_t source, host_ioctl_fn call, struct viommu_iommufd **out);
 /* Every device it moved is left without access to memory, and everything it made is gone. */
 void stage2_iommufd_free(struct viommu_iommufd *iommufd);
 

@@ -363,6 +363,13 @@ void viommu_engine_settle_iommufd(struct viommu_engine *engine);
 int viommu_engine_iommufd_info(struct viommu_engine *engine, struct viommu_iommufd_info *out);
 
 /*
+ * An endpoint behind the host's IOMMU by a VFIO container of its own, whose IOMMU is TYPE1v2 and in which the device
+ * is already; fd is duplicated. Otherwise as viommu_engine_add_endpoints(). -ENOTTY: fd is no such container.
+ */
+int viommu_engine_add_type1_endpoint(struct viommu_engine *engine, uint32_t endpoint, int fd,
+                                     const struct viommu_reserved *reserved, size_t count);
+
+/*
  * A vfio-user endpoint: a device in another process. The engine stands between its client (QEMU) and its server (the
  * process): it keeps the client's DMA_MAPs as the endpoint's guest-physical memory, and the server reaches what the
  * guest mapped. One relay thread per connection, beside the worker.

@@ -116,12 +116,15 @@ def make_engine(setup: DeviceSetup, host: HostDevices | None = None) -> Engine:
     try:
         engine = Engine(setup.settings, setup.topology)
         try:
-            if host is not None:
+            if host is not None and host.iommufd is not None:
                 engine.set_iommufd(host.iommufd, from_files=setup.host.memory == "files")
             for entry in setup.endpoints:
                 if entry.host is not None:
                     assert host is not None
-                    engine.add_host_device(entry.first, host.devices[entry.first], entry.reserved)
+                    if entry.first in host.containers:
+                        engine.add_type1_device(entry.first, host.containers[entry.first], entry.reserved)
+                    else:
+                        engine.add_host_device(entry.first, host.devices[entry.first], entry.reserved)
                 elif entry.vfio_user is None:
                     engine.add_endpoints(entry.first, entry.last, entry.reserved)
                 else:

@@ -247,14 +247,15 @@ def _check_host(
 ) -> HostDeviceSection:
     if first != last:
         raise Wrong(key, f"{first:#x}-{last:#x}", "a table of a single endpoint: it is one device")
-    if (section.device is None) == (section.fd is None):
-        raise Wrong(f"{key}.device", section.device or "", "given, or fd be given, and not both")
+    given = {name: value for name in ("device", "fd", "container") if (value := getattr(section, name)) is not None}
+    if len(given) != 1:
+        raise Wrong(key, ", ".join(given) or "empty", "a table with one of device, fd and container")
+    (name,) = given
     if section.device is not None:
         section = HostDeviceSection(device=normalise(section.device, f"{key}.device"))
     for index, other in enumerate(others):
         if other.host == section:
-            name = "device" if section.fd is None else "fd"
-            raise Wrong(f"{key}.{name}", section.device or section.fd, f"another than that of endpoint[{index}]")
+            raise Wrong(f"{key}.{name}", given[name], f"another than that of endpoint[{index}]")
     return section
 
 

@@ -356,6 +356,15 @@ class Engine:
         rc = lib.viommu_engine_add_iommufd_endpoint(self._engine, endpoint, fd, _reserved(reserved), len(reserved))
         _check_added(rc, endpoint, endpoint)
 
+    def add_type1_device(self, endpoint: int, container: int, reserved: Sequence[Reserved] = ()) -> None:
+        """An endpoint whose device is alone in this VFIO container, of TYPE1v2.
+
+        :raises ValueError: as add_endpoints().
+        :raises OSError: it is no such container.
+        """
+        rc = lib.viommu_engine_add_type1_endpoint(self._engine, endpoint, container, _reserved(reserved), len(reserved))
+        _check_added(rc, endpoint, endpoint)
+
     def settle_host_devices(self) -> HostInfo | None:
         """Put devices where they belong that the front-end had not bound before; None: there is no iommufd."""
         raw = ffi.new("struct viommu_iommufd_info *")

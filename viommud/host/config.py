@@ -20,9 +20,12 @@ class HostSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, renam
 
 
 class HostDeviceSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", kw_only=True):
-    """[endpoint.host]: the endpoint is a device of the host, bound to vfio-pci."""
+    """[endpoint.host]: the endpoint is a device of the host, bound to vfio-pci.  One of the keys is given."""
 
     device: _Text | None = None
     """Its PCI address, "0000:65:00.0": `viommud run` opens it and gives it to QEMU."""
     fd: _Text | None = None
     """Or the name under which its descriptor is passed by who starts QEMU too."""
+    container: _Text | None = None
+    """Or, where another process than QEMU drives the device or the kernel has no iommufd: the name under which a VFIO
+    container is passed that has the device, TYPE1v2, and nothing mapped."""

@@ -21,18 +21,28 @@ from viommud.service import listen_fds
 class HostDevices:
     """An iommufd and devices; the engine duplicates what it needs, QEMU inherits them."""
 
-    iommufd: int
+    iommufd: int | None = None
+    """None: no device needs one."""
     devices: dict[int, int] = field(default_factory=dict)
-    """Descriptor of each endpoint's device."""
+    """Descriptor of each endpoint's device that is bound to the iommufd."""
+    containers: dict[int, int] = field(default_factory=dict)
+    """VFIO container of each endpoint that has one."""
     ranges: dict[int, IovaRanges] = field(default_factory=dict)
     """What the host can translate for it; an endpoint whose device was bound by somebody before is not in it."""
 
     def close(self) -> None:
         """Close them all."""
-        for fd in (self.iommufd, *self.devices.values()):
+        for fd in self.descriptors():
             with suppress(OSError):
                 os.close(fd)
+        self.iommufd = None
         self.devices.clear()
+        self.containers.clear()
+
+    def descriptors(self) -> list[int]:
+        """All of them."""
+        own = [] if self.iommufd is None else [self.iommufd]
+        return [*own, *self.devices.values(), *self.containers.values()]
 
     def __enter__(self) -> Self:
         return self
@@ -65,28 +75,50 @@ def acquire(setup: DeviceSetup, given: Mapping[str, int], *, may_open: bool) -> 
     entries = [entry for entry in setup.endpoints if entry.host is not None]
     if not entries:
         return None
-    name = setup.host.iommufd
     with ExitStack() as stack:
-        if name in given:
-            iommufd = os.dup(_check(given[name], f'host.iommufd = "{name}"'))
-            described = f'the descriptor passed as "{name}"'
-        elif may_open:
-            iommufd, described = _open(uapi.IOMMU, "the kernel's iommufd"), uapi.IOMMU
-        else:
-            raise UsageError(
-                f'endpoints are devices of the host, and no descriptor "{name}" is passed for them',
-                hint="start QEMU with `viommud run`, or pass descriptors with --pass-fd or in LISTEN_FDS",
-            )
-        found = stack.enter_context(HostDevices(iommufd))
-        if not uapi.is_iommufd(iommufd):
-            raise UsageError(f"{described}: not an open /dev/iommu")
+        found = stack.enter_context(HostDevices())
+        if any(entry.host is not None and entry.host.container is None for entry in entries):
+            found.iommufd = _iommufd(setup.host.iommufd, given, may_open=may_open)
         for entry in entries:
-            fd = _device(entry, given, may_open=may_open)
-            found.devices[entry.first] = fd
+            assert entry.host is not None
+            if entry.host.container is not None:
+                _add_container(found, entry.first, entry.host.container, given)
+                continue
+            fd = found.devices[entry.first] = _device(entry, given, may_open=may_open)
             with suppress(OSError):  # somebody has bound it before us: then nothing can be asked of it any more
                 found.ranges[entry.first] = uapi.iova_ranges(f"/proc/self/fd/{fd}")
         stack.pop_all()
         return found
+
+
+def _iommufd(name: str, given: Mapping[str, int], *, may_open: bool) -> int:
+    if name in given:
+        iommufd = os.dup(_check(given[name], f'host.iommufd = "{name}"'))
+        described = f'the descriptor passed as "{name}"'
+    elif may_open:
+        iommufd, described = _open(uapi.IOMMU, "the kernel's iommufd"), uapi.IOMMU
+    else:
+        raise UsageError(
+            f'endpoints are devices of the host, and no descriptor "{name}" is passed for them',
+            hint="start QEMU with `viommud run`, or pass descriptors with --pass-fd or in LISTEN_FDS",
+        )
+    if not uapi.is_iommufd(iommufd):
+        os.close(iommufd)
+        raise UsageError(f"{described}: not an open /dev/iommu")
+    return iommufd
+
+
+def _add_container(found: HostDevices, endpoint: int, name: str, given: Mapping[str, int]) -> None:
+    described = f'endpoint {show(endpoint)}: host.container = "{name}"'
+    if name not in given:
+        raise UsageError(f"{described}: no descriptor of this name is passed")
+    fd = found.containers[endpoint] = os.dup(_check(given[name], described))
+    try:
+        found.ranges[endpoint] = uapi.type1_ranges(fd)
+    except OSError as error:
+        raise UsageError(
+            f"{described}: {error.strerror}", hint="a VFIO container is needed, with its group, set to TYPE1v2"
+        ) from error
 
 
 def _device(entry: EndpointRange, given: Mapping[str, int], *, may_open: bool) -> int:

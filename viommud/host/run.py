@@ -55,7 +55,7 @@ def extra_arguments(topology: Topology, setup: DeviceSetup, host: HostDevices | 
     :raises UsageError: a device is not at a place that QEMU can put it.
     """
     words = []
-    if host is not None:
+    if host is not None and host.iommufd is not None:
         words += ["-object", f"iommufd,id={IOMMUFD},fd={host.iommufd}"]
         for endpoint, fd in sorted(host.devices.items()):
             # QEMU 11.1 ends with a segmentation fault on fd= without id=.
@@ -98,7 +98,7 @@ def run(options: Options, setup: DeviceSetup, topology: Topology, command: Seque
         with theirs:
             words = [*command, *extra_arguments(topology, setup, host, theirs.fileno())]
             log.info("starting", command=words)
-            qemu = _start(words, [theirs.fileno(), *([host.iommufd, *host.devices.values()] if host else [])])
+            qemu = _start(words, [theirs.fileno(), *(host.descriptors() if host else [])])
         stack.callback(_end, qemu)
         front_end = VhostSocket(ours, listening=False, described="QEMU, started by this process")
         status = serve_front_end(setup, front_end, log, host, on_signal=qemu.terminate)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 IOMMU = "/dev/iommu"
 _TYPE = 0x3B << 8
+_TYPE1_INFO = _TYPE | 112
+_INFO_PAGE_SIZES, _INFO_CAPABILITIES = 1, 2
+_CAPABILITY_RANGES = 1
 _BIND, _ATTACH = _TYPE | 118, _TYPE | 119
 _IOAS_ALLOC, _IOAS_IOVA_RANGES = _TYPE | 0x81, _TYPE | 0x84
 _MOST_RANGES = 4096
@@ -80,3 +83,28 @@ def iova_ranges(device: str) -> IovaRanges:
     finally:
         os.close(device_fd)
     return IovaRanges(tuple(zip(bounds[: 2 * count : 2], bounds[1 : 2 * count : 2], strict=True)), max(alignment, 1))
+
+
+def type1_ranges(container: int) -> IovaRanges:
+    """What the host's IOMMU can translate in a VFIO container whose IOMMU is of type 1.
+
+    :raises OSError: it is no such container.
+    """
+    layout = "=IIQII"
+    size = struct.calcsize(layout)
+    for _ in range(2):  # the kernel says how much room its answer takes
+        buffer = bytearray(size)
+        struct.pack_into("=I", buffer, 0, size)
+        fcntl.ioctl(container, _TYPE1_INFO, buffer, True)
+        size = struct.unpack_from("=I", buffer)[0]
+    _, flags, page_sizes, capability, _ = struct.unpack_from(layout, buffer)
+    ranges: tuple[tuple[int, int], ...] = ((0, (1 << 64) - 1),)
+    while flags & _INFO_CAPABILITIES and capability:
+        kind, _, following = struct.unpack_from("=HHI", buffer, capability)
+        if kind == _CAPABILITY_RANGES:
+            (count,) = struct.unpack_from("=I", buffer, capability + 8)
+            bounds = struct.unpack_from(f"={2 * count}Q", buffer, capability + 16)
+            ranges = tuple(zip(bounds[::2], bounds[1::2], strict=True))
+        capability = following
+    alignment = page_sizes & -page_sizes if flags & _INFO_PAGE_SIZES else 4096
+    return IovaRanges(ranges, alignment)
