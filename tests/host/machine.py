@@ -21,7 +21,7 @@ from vm.qemu import Qemu
 
 IOMMU = "00:01.0"
 QEMU = "qemu-system-aarch64"
-MEMORY_MIB = 512
+MEMORY_MIB = 256
 _MACHINE = "virt,gic-version=3,memory-backend=ram"
 
 
@@ -84,6 +84,20 @@ class HostGuest(Guest):
         return [line for line in self.daemon_log() if line["event"] == event]
 
 
+_trees: dict[tuple[tuple[str, ...], int], bytes] = {}
+
+
+def _tree(shape: Shape, board: Sequence[str], config: Path, directory: Path) -> bytes:
+    """The guest's device tree; guests that differ in nothing that is in it share one."""
+    key = (tuple(shape.devices), shape.cpus)
+    if key not in _trees:
+        base, tree = directory / "base.dtb", directory / "made.dtb"
+        description.dump(Emulator((QEMU,), ""), _MACHINE, [*board, "-serial", "null"], base)
+        description.add_iommu(config, base, tree)
+        _trees[key] = tree.read_bytes()
+    return _trees[key]
+
+
 @contextmanager
 def start(directory: Path, shape: Shape) -> Iterator[HostGuest]:
     """Boot a guest and wait for its shell; everything ends with the block."""
@@ -96,10 +110,8 @@ def start(directory: Path, shape: Shape) -> Iterator[HostGuest]:
         *("-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"),
         *("-chardev", f"file,id=console,path={directory / 'console.log'}", "-serial", "chardev:console"),
     ]
-    base, tree = directory / "base.dtb", directory / "guest.dtb"
-    plain = Emulator((QEMU,), "")
-    description.dump(plain, _MACHINE, [*board, "-serial", "null"], base)
-    description.add_iommu(config, base, tree)
+    tree = directory / "guest.dtb"
+    tree.write_bytes(_tree(shape, board, config, directory))
     run = (*shape.prefix, sys.executable, "-m", "viommud", "run", "--config", str(config))
     emulator = Emulator((*run, "--log-level", "debug", "--log-format", "json", "--", QEMU), "", shape.environment)
     arguments = [
