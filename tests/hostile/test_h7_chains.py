@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -291,9 +292,10 @@ def test_descriptors_rewritten_while_they_are_read(victim: Victim, packed: bool,
             entries = packed_ring.descriptor(body, 20, 0, NEXT | AVAIL) + packed_ring.descriptor(
                 answer, 4, 0, WRITE | AVAIL
             )
-        broken = 0
+        broken = rounds = 0
         with Rewriter(memory.rams[0], [*damage, *[(at, entries)] * len(damage)], seed=12):
-            for _ in range(150):
+            deadline = time.monotonic() + 30
+            while (rounds := rounds + 1) < 100 or (not broken and time.monotonic() < deadline):
                 if not indirect:
                     ring.add([Buffer(body, 20), Buffer(answer, 4, writable=True)])
                     ring.publish()
