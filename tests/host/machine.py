@@ -29,6 +29,8 @@ def bind(address: str, driver: str) -> None:
     """Give a function of the lab to a driver."""
     device = Path("/sys/bus/pci/devices") / address
     if (device / "driver").exists():
+        if os.readlink(device / "driver").rpartition("/")[2] == driver:
+            return
         (device / "driver/unbind").write_text(address)
     (device / "driver_override").write_text(driver)
     Path("/sys/bus/pci/drivers_probe").write_text(address)

@@ -19,8 +19,10 @@ SHAPE = Shape({"00:02.0": EDU[0]})
 
 def qemu_pid(guest: HostGuest) -> int:
     """The process that viommud started."""
-    children = Path(f"/proc/{guest.qemu.process.pid}/task/{guest.qemu.process.pid}/children").read_text().split()
-    (pid,) = [int(child) for child in children]
+    ours = guest.qemu.process.pid
+    stats = {path.parent.name: path.read_text() for path in Path("/proc").glob("[0-9]*/stat")}
+    # pid (name) state parent ...
+    (pid,) = [int(pid) for pid, stat in stats.items() if int(stat.rpartition(")")[2].split()[1]) == ours]
     return pid
 
 

@@ -7,6 +7,7 @@ and when it makes the last, the others have been bound.  QEMU inherits the descr
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ from viommud.topology.place import PciPlace, rid_text
 IOMMUFD = "viommud-iommufd"
 CHARDEV = "viommud-socket"
 _ROOT_BUS = "pcie.0"
+_PR_SET_PDEATHSIG = 1
 _PATIENCE = 10.0
 """Seconds for QEMU to end when it is told to."""
 
@@ -115,12 +117,17 @@ def _start(command: Sequence[str], descriptors: Sequence[int]) -> subprocess.Pop
     # Everything of ours is closed on exec; what we inherited for QEMU, it inherits too.
     for fd in descriptors:
         os.set_inheritable(fd, True)
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def prepare() -> None:
+        # QEMU goes on without its back-end, and would keep devices and memory that nobody looks after any more.
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
+
     try:
-        return subprocess.Popen(
-            command,
-            close_fds=False,
-            preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS),
-        )
+        return subprocess.Popen(command, close_fds=False, preexec_fn=prepare)
     except OSError as error:
         raise UsageError(f"{command[0]} cannot be started: {error.strerror}") from error
     finally:
