@@ -32,8 +32,8 @@ sources_digest() {
 # .venv with viommud as it is in the sources, the tools of the group "dev", and what builds the package.
 make_environment() {
     venv=$root/.venv
-    need cc gcc libc6-dev
-    need gcc gcc libc6-dev
+    need gcc gcc
+    need_file /usr/include/stdio.h libc6-dev
     install_wanted
     if [ ! -x "$venv/bin/python" ]; then
         python=$(find_python)
