@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lab.prepared import GUEST
 from vm import description
@@ -58,6 +58,9 @@ class Shape:
     """Functions in the guest, and the lab's that they are: {"00:02.0": "0000:00:02.0"}."""
     config: str = ""
     """Tables of viommud's configuration besides [topology] and [[endpoint]]."""
+    iommu: Literal["viommud", "qemu", "none"] = "viommud"
+    """qemu: QEMU's own, in process, with iommufd behind it; none: devices reach all memory."""
+    memory_mib: int = MEMORY_MIB
     cpus: int = 1
     arguments: Sequence[str] = field(default_factory=tuple)
     """More for QEMU's command line, in front of the devices."""
@@ -86,12 +89,12 @@ class HostGuest(Guest):
         return [line for line in self.daemon_log() if line["event"] == event]
 
 
-_trees: dict[tuple[tuple[str, ...], int], bytes] = {}
+_trees: dict[tuple[tuple[str, ...], int, int], bytes] = {}
 
 
 def _tree(shape: Shape, board: Sequence[str], config: Path, directory: Path) -> bytes:
     """The guest's device tree; guests that differ in nothing that is in it share one."""
-    key = (tuple(shape.devices), shape.cpus)
+    key = (tuple(shape.devices), shape.cpus, shape.memory_mib)
     if key not in _trees:
         base, tree = directory / "base.dtb", directory / "made.dtb"
         description.dump(Emulator((QEMU,), ""), _MACHINE, [*board, "-serial", "null"], base)
@@ -100,24 +103,43 @@ def _tree(shape: Shape, board: Sequence[str], config: Path, directory: Path) -> 
     return _trees[key]
 
 
+def _with_viommud(shape: Shape, board: Sequence[str], directory: Path) -> tuple[Emulator, list[str]]:
+    """The command that starts viommud and it QEMU, and what says where the IOMMU is."""
+    config, tree = directory / "viommud.toml", directory / "guest.dtb"
+    config.write_text(shape.toml())
+    tree.write_bytes(_tree(shape, board, config, directory))
+    run = (*shape.prefix, sys.executable, "-m", "viommud", "run", "--config", str(config))
+    command = (*run, "--log-level", "debug", "--log-format", "json", "--", QEMU)
+    return Emulator(command, "", shape.environment), ["-dtb", str(tree)]
+
+
+def _without(shape: Shape) -> list[str]:
+    """The same devices at the same places, and QEMU's IOMMU if there is to be one."""
+    words = ["-device", f"virtio-iommu-pci,addr={IOMMU[3:]}"] if shape.iommu == "qemu" else []
+    words += ["-object", "iommufd,id=iommufd"]
+    for inside, outside in shape.devices.items():
+        name = f"endpoint{outside[5:].replace(':', '').replace('.', '')}"
+        words += ["-device", f"vfio-pci,id={name},host={outside},iommufd=iommufd,addr={inside[3:]}"]
+    return words
+
+
 @contextmanager
 def start(directory: Path, shape: Shape) -> Iterator[HostGuest]:
     """Boot a guest and wait for its shell; everything ends with the block."""
     for address in shape.devices.values():
         bind(address, "vfio-pci")
-    config = directory / "viommud.toml"
-    config.write_text(shape.toml())
+    memory = f"{shape.memory_mib}M"
     board = [
-        *("-accel", "kvm", "-cpu", "host", "-m", f"{MEMORY_MIB}M", "-smp", str(shape.cpus)),
-        *("-object", f"memory-backend-memfd,id=ram,size={MEMORY_MIB}M,share=on"),
+        *("-accel", "kvm", "-cpu", "host", "-m", memory, "-smp", str(shape.cpus)),
+        *("-object", f"memory-backend-memfd,id=ram,size={memory},share=on"),
         *("-chardev", f"file,id=console,path={directory / 'console.log'}", "-serial", "chardev:console"),
     ]
-    tree = directory / "guest.dtb"
-    tree.write_bytes(_tree(shape, board, config, directory))
-    run = (*shape.prefix, sys.executable, "-m", "viommud", "run", "--config", str(config))
-    emulator = Emulator((*run, "--log-level", "debug", "--log-format", "json", "--", QEMU), "", shape.environment)
+    if shape.iommu == "viommud":
+        emulator, described = _with_viommud(shape, board, directory)
+    else:
+        emulator, described = Emulator((*shape.prefix, QEMU), "", shape.environment), _without(shape)
     arguments = [
-        *("-machine", _MACHINE, *board, "-serial", "chardev:shell", "-dtb", str(tree)),
+        *("-machine", _MACHINE, *board, "-serial", "chardev:shell", *described),
         *("-kernel", str(GUEST / "Image"), "-initrd", str(GUEST / "initrd")),
         *("-append", "console=ttyAMA0 panic=-1 quiet vm.shell=ttyAMA1"),
         *shape.arguments,

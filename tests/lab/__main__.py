@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+from pathlib import Path
 
 from vm.archive import ArchiveError
 
@@ -24,6 +25,20 @@ def _test(words: list[str], shape: Shape) -> int:
     return machine.run(command, shape, out)
 
 
+def _bench(target: Path | None, shape: Shape) -> int:
+    out = ROOT / "build/lab/bench"
+    shutil.rmtree(out, ignore_errors=True)
+    prepared.prepare(out)
+    prepared.build_bench(out)
+    status = machine.run(["python3", "-m", "host.bench", "/out/figures.json"], shape, out)
+    if status == 0:
+        figures = (out / "figures.json").read_text()
+        print(figures, end="")
+        if target is not None:
+            target.write_text(figures)
+    return status
+
+
 def main() -> int:
     """Do what the command line says; returns the exit status."""
     parser = argparse.ArgumentParser(prog="scripts/lab", description="An arm64 host with KVM and an SMMUv3 in a box.")
@@ -33,6 +48,8 @@ def main() -> int:
     what.add_parser("shell", help="a prompt in the lab")
     what.add_parser("run", help="run a command in the lab; its exit status is this one's")
     what.add_parser("test", help="run the tests of tests/host in the lab; what follows is for pytest")
+    bencher = what.add_parser("bench", help="measure stage 2 in the lab (scripts/bench stage2)")
+    bencher.add_argument("--json", metavar="FILE", type=Path, help="write the figures here as well")
     given = sys.argv[1:]
     # What follows these words is not for us, options included.
     end = next((at + 1 for at, word in enumerate(given) if word in ("run", "test")), len(given))
@@ -43,6 +60,8 @@ def main() -> int:
             return machine.shell(shape)
         if arguments.what == "run":
             return machine.run(words, shape)
+        if arguments.what == "bench":
+            return _bench(arguments.json, shape)
         if arguments.what == "test":
             return _test(words, shape)
         for part in (kernel.image(), userland.root(), site.site()):
