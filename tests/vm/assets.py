@@ -203,6 +203,19 @@ def busybox(architecture: Architecture = "arm64") -> Path:
     return next(path for path in (place / "usr/bin/busybox", place / "bin/busybox") if path.exists())
 
 
+def firmware() -> Path:
+    """UEFI for guests of arm64, for QEMU's -bios."""
+
+    def make(directory: Path) -> None:
+        say("fetching UEFI for arm64")
+        with Archive(cache(), QEMU_RELEASE, "arm64") as debian, tempfile.TemporaryDirectory(dir=cache()) as unpacked:
+            archive.unpack(debian.download(["qemu-efi-aarch64"]), Path(unpacked))
+            # The package has it in many forms, each filled up to 64 MiB.
+            shutil.copy(Path(unpacked) / "usr/share/qemu-efi-aarch64/QEMU_EFI.fd", directory)
+
+    return _entry(cache() / "uefi-arm64", make) / "QEMU_EFI.fd"
+
+
 def emulator(architecture: Architecture = "arm64") -> Emulator:
     """A QEMU that has the generic vhost-user device: from PATH, or from the cache, fetched when it is not there."""
     found = _emulator_of_path(architecture)

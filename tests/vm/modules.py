@@ -35,6 +35,10 @@ class Modules:
             self._add(_name(name), ordered)
         return ordered
 
+    def has(self, name: str) -> bool:
+        """Whether the kernel has a module, built in or not."""
+        return _name(name) in self._builtin or _name(name) in self._files
+
     def _add(self, name: str, ordered: dict[str, bytes]) -> None:
         if name in ordered or name in self._builtin:
             return

@@ -209,6 +209,7 @@ def _qemu_args(parser: _Parser) -> None:
     parser.add_argument("--format", choices=tuple(_FORMATS), default="shell", help="(default: %(default)s)")
     parser.add_argument("--memory", metavar="SIZE", type=_mebibytes, default=1024, help="as 512M or 4G (default: 1G)")
     parser.add_argument("--cpus", metavar="N", type=_positive, default=1, help="(default: %(default)s)")
+    parser.add_argument("--cpu", metavar="MODEL", help="QEMU's name of it (default: the host's, or an emulated one)")
     parser.add_argument("--accel", choices=("kvm", "tcg"), default="kvm", help="(default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--topology", metavar="FILE", type=Path, help="device tree or VIOT that `viommud topology` wrote")
@@ -251,6 +252,7 @@ def _print_args(arguments: argparse.Namespace) -> int:
         topology_file=arguments.topology,
         option_rom=arguments.option_rom,
         devices=tuple(arguments.device),
+        cpu=arguments.cpu,
     )
     if arguments.dump_dtb is not None:
         line = qemu_args.dump_line(topology, guest, arguments.dump_dtb)

@@ -75,6 +75,8 @@ class Guest:
     option_rom: Path | None = None
     """VIOT in an option ROM."""
     devices: tuple[Device, ...] = ()
+    cpu: str | None = None
+    """QEMU's name of the processor; None: the host's under KVM, otherwise one that boots quickly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,7 @@ def _platform(machine: Machine, guest: Guest, more: str) -> list[Argument]:
     """Machine, memory and processors: what a dumped device tree depends on."""
     if machine == "virt" and guest.accelerator == "kvm":
         more = f",gic-version=host{more}"
-    cpu = "host" if guest.accelerator == "kvm" else _TCG_CPU[machine]
+    cpu = guest.cpu or ("host" if guest.accelerator == "kvm" else _TCG_CPU[machine])
     return [
         Argument("-machine", f"{machine},memory-backend={_MEMORY}{more}", libvirt=False),
         Argument("-accel", guest.accelerator, libvirt=False),

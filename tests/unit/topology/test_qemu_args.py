@@ -127,6 +127,17 @@ def test_kvm_on_arm_takes_the_host_s_interrupt_controller() -> None:
         assert "gic-version=host" in line.words()[2]
 
 
+def test_another_processor() -> None:
+    """A processor that is named takes the place of the default one, in the dump as well."""
+    made = topology([(0x10, 0x10)])
+    for line in (
+        qemu_args.iommu_line(made, guest(cpu="cortex-a76")),
+        qemu_args.dump_line(made, guest(cpu="cortex-a76"), Path("x")),
+    ):
+        words = line.words()
+        assert words[words.index("-cpu") + 1] == "cortex-a76"
+
+
 def test_a_shell_reads_the_words_back() -> None:
     """The shell's form says the same words, with quotes where they are needed."""
     line = qemu_args.iommu_line(topology([(0x10, 0x10)]), guest(devices=(VfioUser(0x10, Path("/run/it's here.sock")),)))
