@@ -156,7 +156,8 @@ def test_page_sizes_as_a_mask() -> None:
         ),
         (
             "[limts]",
-            "limts: unknown key, did you mean limits? (known here: device, limits, worker, qemu, host, endpoint, topology)",
+            "limts: unknown key, did you mean limits? "
+            "(known here: device, limits, worker, qemu, host, endpoint, topology)",
         ),
         ("zzz = 1", "zzz: unknown key (known here: device, limits, worker, qemu, host, endpoint, topology)"),
         ("device = 3", "device = 3: must be a table"),
