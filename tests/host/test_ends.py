@@ -73,10 +73,10 @@ def test_a_map_beyond_the_limit_is_refused_and_the_rest_works(tmp_path: Path) ->
     with start(tmp_path, limited) as guest:
         load(guest)
         guest.check("bind vfio-pci 0000:00:02.0")
-        done = guest.run("vfio_map -n 8000 -r 1 0000:00:02.0")
-        assert done.status != 0
-        refused = guest.logged("request-refused")
-        assert {"map"} == {line["request"] for line in refused}
+        # 32 MiB.  Linux 6.12 does not look at the status of a MAP, so that the program in the guest goes on.
+        guest.run("vfio_map -n 8000 -r 1 0000:00:02.0")
+        refused = {(line["request"], line["status"]) for line in guest.logged("request-refused")}
+        assert refused == {("map", "nomem")}
         guest.check("edu_dma")
     check_free(EDU[0])
 
