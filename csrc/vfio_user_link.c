@@ -19,6 +19,12 @@ struct vfio_user_packet {
     int fds[];
 };
 
+static void close_all(const int *fds, unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        (void)close(fds[i]);
+}
+
 int vfio_user_link_init(struct vfio_user_link *link, int fd, size_t max_size, unsigned max_fds)
 {
     memset(link, 0, sizeof(*link));
@@ -35,16 +41,11 @@ void vfio_user_link_fini(struct vfio_user_link *link)
 {
     vfio_user_link_drop(link);
     vfio_user_message_close(&link->in);
+    close_all(link->late, link->late_count);
     free(link->in.bytes);
     (void)close(link->fd);
     memset(link, 0, sizeof(*link));
     link->fd = -1;
-}
-
-static void close_all(const int *fds, unsigned count)
-{
-    for (unsigned i = 0; i < count; i++)
-        (void)close(fds[i]);
 }
 
 void vfio_user_message_close(struct vfio_user_message *message)
@@ -69,8 +70,8 @@ static int take_fds(struct vfio_user_link *link, struct msghdr *msg)
             int fd;
 
             memcpy(&fd, CMSG_DATA(cmsg) + i * sizeof(int), sizeof(int));
-            if (link->in.fd_count < link->max_fds) {
-                link->in.fds[link->in.fd_count++] = fd;
+            if (link->late_count < link->max_fds) {
+                link->late[link->late_count++] = fd;
             } else {
                 (void)close(fd);
                 rc = -EPROTO;
@@ -80,33 +81,82 @@ static int take_fds(struct vfio_user_link *link, struct msghdr *msg)
     return rc;
 }
 
-/* Read up to the given byte of the message: 1 when it is there, 0 when not yet, -errno. */
-static int read_until(struct vfio_user_link *link, size_t end)
+/* One read: how many bytes came, 0 when there are none now, -errno. */
+static ssize_t read_some(struct vfio_user_link *link, void *bytes, size_t size)
 {
     union {
         struct cmsghdr align;
         /* As many as the kernel lets a message carry (SCM_MAX_FD), so that none is lost unseen. */
         char space[CMSG_SPACE(253 * sizeof(int))];
     } control;
+    struct iovec iov = {.iov_base = bytes, .iov_len = size};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
+    ssize_t got;
+    int rc;
 
+    if (link->drained) { /* more may have come; whoever waits for it is told */
+        link->drained = false;
+        return 0;
+    }
+    do {
+        msg.msg_control = control.space;
+        msg.msg_controllen = sizeof(control.space);
+        got = recvmsg(link->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    } while (got < 0 && errno == EINTR);
+    if (got < 0)
+        return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+    rc = take_fds(link, &msg);
+    if (rc != 0)
+        return rc;
+    if (got == 0)
+        return link->have == 0 ? -ENOTCONN : -EPROTO;
+    link->drained = (size_t)got < size && link->late_count == 0;
+    return got;
+}
+
+/* What was read ahead ends in the message under way: that is the one the descriptors came with. */
+static int adopt_fds(struct vfio_user_link *link)
+{
+    if (link->late_count > link->max_fds - link->in.fd_count)
+        return -EPROTO;
+    for (unsigned i = 0; i < link->late_count; i++)
+        link->in.fds[link->in.fd_count++] = link->late[i];
+    link->late_count = 0;
+    return 0;
+}
+
+/* Complete the message up to the given byte: 1 when that is so, 0 when not yet, -errno. */
+static int fill_until(struct vfio_user_link *link, size_t end)
+{
     while (link->have < end) {
-        struct iovec iov = {.iov_base = link->in.bytes + link->have, .iov_len = end - link->have};
-        struct msghdr msg = {
-            .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.space, .msg_controllen = sizeof(control.space)};
-        ssize_t got = recvmsg(link->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        size_t missing = end - link->have, ahead = link->ahead_end - link->ahead_at;
+        ssize_t got;
         int rc;
 
-        if (got < 0) {
-            if (errno == EINTR)
-                continue;
-            return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+        if (ahead != 0) {
+            size_t part = ahead < missing ? ahead : missing;
+
+            memcpy(link->in.bytes + link->have, link->ahead + link->ahead_at, part);
+            link->have += part;
+            link->ahead_at += part;
+            rc = link->ahead_at == link->ahead_end ? adopt_fds(link) : 0;
+            if (rc != 0)
+                return rc;
+        } else if (missing >= sizeof(link->ahead)) { /* much of one message: straight to its place */
+            got = read_some(link, link->in.bytes + link->have, missing);
+            if (got <= 0)
+                return (int)got;
+            link->have += (size_t)got;
+            rc = adopt_fds(link);
+            if (rc != 0)
+                return rc;
+        } else {
+            got = read_some(link, link->ahead, sizeof(link->ahead));
+            if (got <= 0)
+                return (int)got;
+            link->ahead_at = 0;
+            link->ahead_end = (size_t)got;
         }
-        rc = take_fds(link, &msg);
-        if (rc != 0)
-            return rc;
-        if (got == 0)
-            return link->have == 0 ? -ENOTCONN : -EPROTO;
-        link->have += (size_t)got;
     }
     return 1;
 }
@@ -121,14 +171,14 @@ int vfio_user_link_receive(struct vfio_user_link *link, struct vfio_user_message
         link->have = 0;
     }
     if (link->have < sizeof(link->in.header)) {
-        rc = read_until(link, sizeof(link->in.header));
+        rc = fill_until(link, sizeof(link->in.header));
         if (rc <= 0)
             return rc;
         memcpy(&link->in.header, link->in.bytes, sizeof(link->in.header));
         if (!vfio_user_header_valid(&link->in.header, link->max_size))
             return -EPROTO;
     }
-    rc = read_until(link, link->in.header.size);
+    rc = fill_until(link, link->in.header.size);
     if (rc <= 0)
         return rc;
     link->delivered = true;

@@ -1,9 +1,10 @@
 /*
  * One end of a vfio-user connection: whole messages in, whole messages out, never blocking.
  *
- * A read takes no more than the message at hand has left: the kernel hands out descriptors with the bytes they were
- * sent with, and a longer read would mix those of the next message into this one. What the peer does not take at
- * once is kept in a queue, in order; whoever sends looks at its length first, so that it stays bounded.
+ * Most messages are small, so a read takes what is there, several of them if it happens so. Descriptors are not mixed
+ * up by that: a read ends behind the first bytes that descriptors were sent with (unix(7), SCM_RIGHTS), and so they are
+ * those of the last message that begins in it. What the peer does not take at once is kept in a queue, in order;
+ * whoever sends looks at its length first, so that it stays bounded.
  *
  * Receiving and sending share nothing: they may be done by two threads, if each is done by one at a time.
  */
@@ -19,6 +20,8 @@
 
 /* Most descriptors one message may carry here; what is agreed on in VERSION may be less. */
 #define VFIO_USER_MAX_FDS 64u
+/* Bytes read ahead at most. */
+#define VFIO_USER_AHEAD 4096u
 
 struct vfio_user_message {
     struct vfio_user_header header; /* checked: a copy of what bytes begins with */
@@ -37,6 +40,12 @@ struct vfio_user_link {
     size_t have;                    /* bytes of the message under way */
     bool delivered;                 /* the message is complete and was handed out */
     struct vfio_user_message in;
+    size_t ahead_at;                /* what was read and is in no message yet: ahead[ahead_at..ahead_end) */
+    size_t ahead_end;
+    bool drained;                   /* there was no more when it was read */
+    unsigned late_count;
+    int late[VFIO_USER_MAX_FDS];    /* descriptors of the last message in it */
+    uint8_t ahead[VFIO_USER_AHEAD];
     /* sending */
     struct vfio_user_packet *first;
     struct vfio_user_packet *last;
@@ -54,6 +63,15 @@ void vfio_user_link_fini(struct vfio_user_link *link);
  * message are closed at the next call.
  */
 int vfio_user_link_receive(struct vfio_user_link *link, struct vfio_user_message **out);
+
+/*
+ * Whether there is something to receive that was read from the socket already: no event will tell. Never so when the
+ * last receive gave no message.
+ */
+static inline bool vfio_user_link_pending(const struct vfio_user_link *link)
+{
+    return link->ahead_at != link->ahead_end;
+}
 
 /* Close the descriptors of a message; those taken out (count 0) are left alone. */
 void vfio_user_message_close(struct vfio_user_message *message);

@@ -164,13 +164,24 @@ static bool deaf_to_client(const struct viommu_vfio_user *user)
            user->calls.of_client >= VFIO_USER_CLIENT_CALLS || user->deferred_count >= VFIO_USER_CLIENT_CALLS;
 }
 
+/* Whether messages that were read ahead can be handled now; nobody listens to a server that was cut off. */
+static bool more_of_server(const struct viommu_vfio_user *user)
+{
+    return user->state == VIOMMU_VFIO_USER_UP && vfio_user_link_pending(&user->server) && !deaf_to_server(user);
+}
+
+static bool more_of_client(const struct viommu_vfio_user *user)
+{
+    return vfio_user_link_pending(&user->client) && !deaf_to_client(user);
+}
+
 /* Under the lock what is asked of the queues; the answer may be a message late, and the limits are soft. */
-static bool deaf(struct viommu_vfio_user *user, bool (*to)(const struct viommu_vfio_user *))
+static bool ask(struct viommu_vfio_user *user, bool (*what)(const struct viommu_vfio_user *))
 {
     bool answer;
 
     (void)pthread_mutex_lock(&user->lock);
-    answer = to(user);
+    answer = what(user);
     (void)pthread_mutex_unlock(&user->lock);
     return answer;
 }
@@ -182,7 +193,7 @@ static int read_server(struct viommu_vfio_user *user, bool hung_up)
         struct vfio_user_message *message;
         int rc;
 
-        if (!hung_up && deaf(user, deaf_to_server))
+        if (!hung_up && ask(user, deaf_to_server))
             return 0;
         rc = vfio_user_link_receive(&user->server, &message);
         if (rc == 0)
@@ -208,7 +219,7 @@ static int read_client(struct viommu_vfio_user *user)
         struct vfio_user_message *message;
         int rc;
 
-        if (deaf(user, deaf_to_client))
+        if (ask(user, deaf_to_client))
             return 0;
         rc = vfio_user_link_receive(&user->client, &message);
         if (rc > 0)
@@ -274,6 +285,8 @@ static int prepare(struct viommu_vfio_user *user, uint64_t now, uint64_t *until)
         if (rc == 0 && user->deferred != NULL)
             *until = 0; /* those are done with as well */
     }
+    if (more_of_client(user) || more_of_server(user))
+        *until = 0; /* what was read ahead is no event */
     watch_client(user, (deaf_to_client(user) ? 0 : EPOLLIN) |
                            (user->client.first != NULL && !user->client.starved ? EPOLLOUT : 0));
     if (user->client.starved && now + STARVED_MS * 1000000ull < *until)
@@ -343,6 +356,10 @@ static void relay(struct viommu_vfio_user *user)
                     rc = read_server(user, (what & (EPOLLHUP | EPOLLERR)) != 0);
             }
         }
+        if (rc == 0 && ask(user, more_of_client))
+            rc = read_client(user);
+        if (rc == 0 && ask(user, more_of_server))
+            rc = read_server(user, false);
         if (rc == 0 && user->client.starved)
             rc = vfio_user_link_flush(&user->client);
         if (rc == 0 && user->server.starved)

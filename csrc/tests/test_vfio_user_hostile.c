@@ -88,6 +88,39 @@ static void messages_in_single_bytes(void)
     rig_fini(&rig);
 }
 
+/* Many messages in one piece: none is left behind when nothing follows that would wake the relay. */
+static void messages_in_one_piece(void)
+{
+    enum { COUNT = 100, SIZE = 32 };
+    static uint8_t bytes[COUNT * SIZE];
+
+    set_up();
+    for (uint16_t i = 0; i < COUNT; i++) {
+        struct vfio_user_header header = {i, VFIO_USER_REGION_WRITE, SIZE, VFIO_USER_NO_REPLY, 0};
+
+        memcpy(bytes + i * SIZE, &header, sizeof(header));
+        memcpy(bytes + i * SIZE + sizeof(header), &i, sizeof(i));
+    }
+    peer_send_raw(rig.clients[0], bytes, sizeof(bytes), NULL, 0);
+    for (uint16_t i = 0; i < COUNT; i++) {
+        CHECK(peer_receive(rig.servers[0], &rig.message));
+        CHECK_EQ(rig.message.header.command, VFIO_USER_REGION_WRITE);
+        CHECK_EQ(memcmp(rig.message.payload, &i, sizeof(i)), 0);
+    }
+    for (uint16_t i = 0; i < COUNT; i++) {
+        struct vfio_user_header header = {i, VFIO_USER_DEVICE_GET_INFO, SIZE, 0, 0};
+
+        memcpy(bytes + i * SIZE, &header, sizeof(header));
+    }
+    peer_send_raw(rig.servers[0], bytes, sizeof(bytes), NULL, 0);
+    for (uint16_t i = 0; i < COUNT; i++) {
+        CHECK(peer_receive(rig.servers[0], &rig.message));
+        CHECK_EQ(rig.message.header.id, i);
+        CHECK_EQ(rig.message.header.error, ENOTSUP);
+    }
+    rig_fini(&rig);
+}
+
 /* Descriptors where none belong are closed, and no message with them goes any further. */
 static void descriptors_where_none_belong(void)
 {
@@ -540,6 +573,7 @@ int main(void)
 {
     RUN(headers_that_are_none);
     RUN(messages_in_single_bytes);
+    RUN(messages_in_one_piece);
     RUN(descriptors_where_none_belong);
     RUN(requests_that_are_not_passed_on);
     RUN(memory_that_cannot_be);
