@@ -1,4 +1,4 @@
-"""Builds the device programs when their sources changed. Needs cmake and a C compiler."""
+"""Builds the device programs when their sources changed. Needs cmake, ninja and a C compiler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def device_program(name: str) -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
-        for command in (["cmake", "-S", str(SOURCE), "-B", str(BUILD)], ["cmake", "--build", str(BUILD)]):
+        configure = ["cmake", "-S", str(SOURCE), "-B", str(BUILD), "-G", "Ninja"]
+        for command in (configure, ["cmake", "--build", str(BUILD)]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
