@@ -23,7 +23,7 @@
 #pragma GCC visibility push(default)
 /* cffi: begin */
 
-#define VIOMMU_ABI 1
+#define VIOMMU_ABI 2
 
 #define VIOMMU_QUEUES 2
 #define VIOMMU_REQUESTQ 0

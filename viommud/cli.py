@@ -12,13 +12,13 @@ from viommud.errors import UsageError, ViommudError
 from viommud.options import Options
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LOG_FORMATS = ("auto", "console", "json")
+LOG_FORMATS = ("auto", "console", "json", "journal")
 
 EXIT_USAGE = 2
 """A mistake of the user: an option, the configuration, or what they refer to."""
 
 
-COMMANDS = ("topology", "qemu-args", "run", "check")
+COMMANDS = ("topology", "qemu-args", "run", "check", "replay")
 """What the first word of the command line may be in place of the daemon's options."""
 
 
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="viommud",
         description="A virtual machine's IOMMU from outside the machine monitor: virtio-iommu over vhost-user.",
-        epilog="Commands, each with a --help of its own: viommud topology, qemu-args, run, check.",
+        epilog="Commands, each with a --help of its own: viommud topology, qemu-args, run, check, replay.",
         allow_abbrev=False,
     )
     socket = parser.add_argument_group("vhost-user socket (or passed by systemd in LISTEN_FDS)")
@@ -98,13 +98,18 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="an inherited descriptor that the configuration names (or in LISTEN_FDS); more than once",
     )
     parser.add_argument(
+        "--control-path", metavar="PATH", type=Path, help="create this UNIX socket for viommuctl to look (varlink)"
+    )
+    parser.add_argument("--steer-path", metavar="PATH", type=Path, help="and this one for viommuctl to steer")
+    parser.add_argument("--metrics-path", metavar="PATH", type=Path, help="and this one for Prometheus (HTTP)")
+    parser.add_argument(
         "--log-level", choices=LOG_LEVELS, default="info", help="least important lines to log (default: %(default)s)"
     )
     parser.add_argument(
         "--log-format",
         choices=LOG_FORMATS,
         default="auto",
-        help="auto: readable on a terminal, JSON otherwise (default: %(default)s)",
+        help="auto: readable on a terminal, the journal's own under systemd, JSON otherwise (default: %(default)s)",
     )
 
 
@@ -132,6 +137,7 @@ def _options(parsed: argparse.Namespace) -> Options:
 
 def _run_command(arguments: Sequence[str]) -> int:
     """Carry out a command, which is no start of the daemon."""
+    from viommud import replay
     from viommud.host import check
     from viommud.topology import commands
 
@@ -139,6 +145,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_commands(subparsers)
     check.add_command(subparsers)
+    replay.add_command(subparsers)
     parsed = parser.parse_args(arguments)
     status: int = parsed.command(parsed)
     return status

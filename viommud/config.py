@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from viommud.control.config import ControlSection, MetricsSection
 from viommud.errors import UsageError
 from viommud.host.config import HostDeviceSection, HostSection
 from viommud.schema import U64_MAX, convert
@@ -99,6 +100,8 @@ class Worker(Section, frozen=True, kw_only=True):
 
     spin_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 500
     """How long it polls an empty queue before it sleeps; 0: never polls.  Never polls on a single CPU."""
+    time_every: U32 = 16
+    """One batch of requests in so many is timed, for the service times; 0: none is."""
 
 
 class Qemu(Section, frozen=True, kw_only=True):
@@ -139,6 +142,8 @@ class Config(Section, frozen=True, kw_only=True):
     host: HostSection = HostSection()
     endpoint: tuple[Endpoint, ...] = ()
     topology: TopologySection | None = None
+    control: ControlSection = ControlSection()
+    metrics: MetricsSection = MetricsSection()
 
 
 def parse(text: str) -> Config:

@@ -7,11 +7,9 @@ config.bypass is again what the user set (a connection's life is what a back-end
 
 from __future__ import annotations
 
-import errno
 import select
 import signal
 import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
@@ -22,6 +20,9 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from viommud import __version__
+from viommud.control.plane import ControlPlane
+from viommud.control.subject import Subject
+from viommud.deadline import Deadline
 from viommud.device_setup import DeviceSetup
 from viommud.endpoint_id import show
 from viommud.engine import Engine
@@ -32,6 +33,7 @@ from viommud.host.report import HostReport
 from viommud.log import RateLimiter, configure
 from viommud.notices import ConfigNotices
 from viommud.options import Options
+from viommud.peer import accept, peer_credentials
 from viommud.qmp import watch_resets
 from viommud.report import ENDPOINTS_REMEMBERED, Reporter, feature_names
 from viommud.service import notify
@@ -46,8 +48,8 @@ DRAIN_PAUSE = 0.05
 """Seconds between two looks at the engine's records: a guest that makes many costs the control plane little."""
 LEFT_OUT_PAUSE = 5.0
 """Seconds without a record after which left-out lines are told of."""
-ACCEPT_PAUSE = 0.2
-"""Seconds to wait when a connection cannot be accepted for lack of something."""
+SETTLE_SECONDS = 2.0
+"""For those who look to be told the last of it, when a front-end has gone by itself."""
 
 END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_OK = 0
@@ -69,15 +71,30 @@ def run_daemon(options: Options, setup: DeviceSetup) -> int:
             if options.keep_listening:
                 raise UsageError("--keep-listening: a device of the host is given to one front-end and cannot wait")
             setup = host.narrow(setup)
+        passed = passed_descriptors(dict(options.pass_fd))
         engine = make_engine(setup, host)
         try:
             vhost_socket = stack.enter_context(acquire(options))
             device_sockets = _device_sockets(setup, stack)
+            subject = Subject(setup, vhost_socket.described)
+            plane = stack.enter_context(ControlPlane.acquire(subject, options, passed, log))
         except BaseException:
             engine.close()
             raise
-        daemon = Daemon(setup, vhost_socket, log, keep_listening=options.keep_listening, device_sockets=device_sockets)
-        return trio.run(daemon.run, engine)
+        deadline = Deadline(lambda: _last_words(stack, log))
+        daemon = Daemon(
+            setup,
+            vhost_socket,
+            log,
+            plane,
+            deadline,
+            keep_listening=options.keep_listening,
+            device_sockets=device_sockets,
+        )
+        try:
+            return trio.run(daemon.run, engine)
+        finally:
+            deadline.met()
 
 
 def serve_front_end(
@@ -85,6 +102,7 @@ def serve_front_end(
     vhost_socket: VhostSocket,
     log: FilteringBoundLogger,
     host: HostDevices | None,
+    options: Options,
     *,
     on_signal: Callable[[], None],
 ) -> int:
@@ -95,9 +113,18 @@ def serve_front_end(
     """
     with ExitStack() as stack:
         device_sockets = _device_sockets(setup, stack)
+        subject = Subject(setup, vhost_socket.described)
+        passed = passed_descriptors(dict(options.pass_fd))
+        plane = stack.enter_context(ControlPlane.acquire(subject, options, passed, log))
         engine = make_engine(setup, host)
-        daemon = Daemon(setup, vhost_socket, log, device_sockets=device_sockets, on_signal=on_signal)
+        daemon = Daemon(setup, vhost_socket, log, plane, device_sockets=device_sockets, on_signal=on_signal)
         return trio.run(daemon.run, engine)
+
+
+def _last_words(stack: ExitStack, log: FilteringBoundLogger) -> None:
+    """The worker did not stop in time: no socket file is left behind all the same."""
+    log.error("worker-stuck", hint="it could not be stopped in time, and the process ends without it")
+    stack.close()
 
 
 def _device_sockets(setup: DeviceSetup, stack: ExitStack) -> dict[int, VhostSocket]:
@@ -153,6 +180,9 @@ class Daemon:
     setup: DeviceSetup
     vhost_socket: VhostSocket
     log: FilteringBoundLogger
+    plane: ControlPlane
+    deadline: Deadline | None = None
+    """Armed by the first signal."""
     keep_listening: bool = False
     device_sockets: Mapping[int, VhostSocket] = field(default_factory=dict)
     """By endpoint: where the vfio-user client of its device connects."""
@@ -169,18 +199,23 @@ class Daemon:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_on_signal, signals, nursery.cancel_scope)
+                nursery.start_soon(self.plane.run)
                 try:
                     status = await self._serve(engine)
                 finally:
                     notify("STOPPING=1")
                     if self._successor is not None:
                         self._successor.close()
+                with trio.move_on_after(SETTLE_SECONDS):
+                    await self.plane.subject.settled()
                 nursery.cancel_scope.cancel()
         self.log.info("stopped")
         return status
 
     async def _end_on_signal(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         async for number in signals:
+            if self.deadline is not None:
+                self.deadline.arm()
             self.log.info("signal", name=signal.Signals(number).name)
             if self.on_signal is None:
                 scope.cancel()
@@ -190,6 +225,8 @@ class Daemon:
 
     async def _serve(self, engine: Engine) -> int:
         self._announce()
+        subject = self.plane.subject
+        subject.engine = engine
         if not self.vhost_socket.listening:
             # The socket is handed over with its descriptor; VhostSocket.close() then has nothing to close.
             connection = trio.socket.from_stdlib_socket(socket.socket(fileno=self.vhost_socket.sock.detach()))
@@ -201,6 +238,7 @@ class Daemon:
             try:
                 connection = await self._next_front_end(listener)
             except BaseException:
+                subject.let_go()
                 engine.close()
                 raise
             async with trio.open_nursery() as nursery:
@@ -211,7 +249,7 @@ class Daemon:
             if not self.keep_listening:
                 return status
             notify("STATUS=waiting for a front-end")
-            engine = make_engine(self.setup)
+            subject.engine = engine = make_engine(self.setup)
 
     def _announce(self) -> None:
         self.log.info(
@@ -221,6 +259,7 @@ class Daemon:
             listening=self.vhost_socket.listening,
             endpoints=self.setup.summary,
             features=feature_names(self.setup.settings.features),
+            control=self.plane.described,
         )
         translated = [entry.first for entry in self.setup.endpoints if entry.vfio_user or entry.host]
         if translated:
@@ -233,18 +272,7 @@ class Daemon:
         return successor or await self._accept(listener)
 
     async def _accept(self, listener: trio.socket.SocketType) -> trio.socket.SocketType:
-        while True:
-            try:
-                connection, _ = await listener.accept()
-            except OSError as error:
-                if error.errno == errno.ECONNABORTED:
-                    continue
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    raise
-                self._limited("warning", "cannot-accept", reason=error.strerror)
-                await trio.sleep(ACCEPT_PAUSE)
-            else:
-                return connection
+        return await accept(listener, lambda reason: self._limited("warning", "cannot-accept", reason=reason))
 
     async def _refuse_others(self, listener: trio.socket.SocketType, served: trio.socket.SocketType) -> None:
         """A VM has one IOMMU here: whoever connects while it is served is turned away."""
@@ -254,7 +282,7 @@ class Daemon:
                 # The one that is served has gone, only its session has not noticed yet.
                 self._successor = other
                 return
-            self._limited("warning", "second-client-refused", **_peer(other))
+            self._limited("warning", "second-client-refused", **peer_credentials(other))
             other.close()
 
     def _limited(self, level: str, event: str, **fields: object) -> None:
@@ -265,14 +293,15 @@ class Daemon:
     async def _serve_connection(self, connection: trio.socket.SocketType, engine: Engine) -> int:
         """One front-end from its first message to its end; closes connection and engine."""
         started = time.monotonic()
-        sessions: list[Session] = []
+        subject = self.plane.subject
+        subject.begin()
         notices = ConfigNotices(
             lambda: engine.needs_reset, lambda reason: self._limited("warning", "config-notice-failed", reason=reason)
         )
-        reporter = Reporter(engine, self.log, on_broken_ring=notices.want)
+        reporter = Reporter(engine, self.log, on_broken_ring=notices.want, events=subject.events)
         broken: str | None = None
         try:
-            self.log.info("client-connected", **_peer(connection))
+            self.log.info("client-connected", **peer_credentials(connection))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_watch_records, engine, reporter)
                 self._start_relays(nursery, engine)
@@ -285,12 +314,13 @@ class Daemon:
                         connection,
                         engine,
                         self.log,
-                        on_session=sessions.append,
+                        on_session=subject.attend,
                         on_backend_channel=notices.adopt,
                         on_request=HostReport(engine, self.log).look if self.has_host_devices else None,
                     )
                 except RemoteProtocolError as error:
                     broken = error.sentence
+                    subject.counts.protocol_errors += 1
                     self.log.error("protocol-error", reason=broken, hint="the connection is closed")
                 except OSError as error:
                     # Nothing a peer says leads here: the host lacks something.
@@ -302,7 +332,8 @@ class Daemon:
             connection.close()
             reporter.drain()
             reporter.tell_left_out(everything=True)
-            self._summarise(engine, reporter, sessions, broken, time.monotonic() - started)
+            self._summarise(engine, reporter, subject.session, broken, time.monotonic() - started)
+            subject.let_go()
             engine.close()
         return EXIT_OK if broken is None else EXIT_CONNECTION_BROKEN
 
@@ -327,11 +358,11 @@ class Daemon:
             nursery.start_soon(Relay(user, section, granule, self.log).run, listener)
 
     def _summarise(
-        self, engine: Engine, reporter: Reporter, sessions: list[Session], broken: str | None, seconds: float
+        self, engine: Engine, reporter: Reporter, session: Session | None, broken: str | None, seconds: float
     ) -> None:
         stats = engine.stats()
-        features = sessions[0].features & ~VHOST_USER_BITS if sessions else 0
-        refused = dict(sessions[0].refused) if sessions else {}
+        features = session.features & ~VHOST_USER_BITS if session else 0
+        refused = dict(session.refused) if session else {}
         self.log.info(
             "session-ended",
             seconds=round(seconds, 3),
@@ -367,10 +398,3 @@ def _hung_up(sock: trio.socket.SocketType) -> bool:
     poller = select.poll()
     poller.register(sock.fileno(), select.POLLHUP)
     return bool(poller.poll(0))
-
-
-def _peer(sock: trio.socket.SocketType) -> dict[str, int]:
-    """Who is at the other end (SO_PEERCRED), as far as the kernel knows."""
-    credentials = struct.Struct("3i")
-    pid, uid, gid = credentials.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))
-    return {"pid": pid, "uid": uid, "gid": gid}

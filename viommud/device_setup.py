@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from viommud.config import Config, Device, Endpoint
+from viommud.control.config import ControlSection, MetricsSection
 from viommud.endpoint_id import parse_endpoints
 from viommud.host.config import HostDeviceSection, HostSection
 from viommud.host.sysfs import normalise
@@ -63,6 +64,8 @@ class DeviceSetup:
     qmp: Path | None = None
     """QMP socket whose RESET events are resets of the machine."""
     host: HostSection = field(default_factory=HostSection)
+    control: ControlSection = field(default_factory=ControlSection)
+    metrics: MetricsSection = field(default_factory=MetricsSection)
 
     @property
     def summary(self) -> str:
@@ -107,6 +110,7 @@ def plan(config: Config) -> DeviceSetup:
         fault_burst=limits.fault_burst,
         fault_rate=limits.fault_rate,
         spin_us=config.worker.spin_us,
+        time_every=config.worker.time_every,
     )
     endpoints = _endpoints(config)
     return DeviceSetup(
@@ -117,6 +121,8 @@ def plan(config: Config) -> DeviceSetup:
         config_notices=device.config_notices,
         qmp=None if config.qemu.qmp is None else Path(config.qemu.qmp),
         host=config.host,
+        control=config.control,
+        metrics=config.metrics,
     )
 
 

@@ -1,4 +1,4 @@
-"""The C engine as a typed object: the one module that touches cffi.
+"""The C engine as a typed object: with `instruments` the only module that touches cffi.
 
 An `Engine` is a `viommud.vhost_user.device.Device`.  Every method is a plain call into C, which releases the GIL; the
 ones that change what the worker sees wait for it to finish its round, microseconds as a rule.  Errors of the engine
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from viommud import config_space
 from viommud._core import ffi, lib
+from viommud.instruments import Instruments
 from viommud.settings import FEATURE_TOPOLOGY, Feature, Personality, Reserved, Settings
 from viommud.vhost_user.device import DeviceRefused, MappedRegion, QueueSetup, Region
 
-ABI = 1
+ABI = 2
 if lib.viommu_abi_version() != ABI:  # a stale build of the extension beside newer Python
     raise ImportError(f"viommud._core has ABI {lib.viommu_abi_version()}, this package needs {ABI}: build it again")
 
@@ -36,6 +37,7 @@ class RecordKind(IntEnum):
     ATTACHED = lib.VIOMMU_RECORD_ATTACHED
     DETACHED = lib.VIOMMU_RECORD_DETACHED
     FAULT = lib.VIOMMU_RECORD_FAULT
+    INJECTED = lib.VIOMMU_RECORD_INJECTED
 
 
 class Broken(IntEnum):
@@ -260,6 +262,19 @@ def _check_added(rc: int, first: int, last: int) -> None:
         raise OSError(-rc, os.strerror(-rc))
 
 
+_Info = TypeVar("_Info", EndpointInfo, DomainInfo)
+
+
+def _in_pages(fetch: Callable[[int], list[_Info]]) -> Iterator[_Info]:
+    start = 0
+    while start <= 0xFFFFFFFF:
+        page = fetch(start)
+        yield from page
+        if len(page) < PAGE:
+            return
+        start = page[-1].id + 1
+
+
 def _fd(fd: int | None) -> int:
     return -1 if fd is None else fd
 
@@ -285,6 +300,8 @@ class Engine:
             raise OSError(-rc, os.strerror(-rc))
         self._engine: Any = out[0]
         self.settings = settings
+        self.instruments = Instruments(self._engine)
+        """For those who look at the engine and steer it."""
         self.vfio_users: list[VfioUser] = []
         """Endpoints whose devices are other processes, in the order they were added."""
         self._topology = topology
@@ -295,6 +312,7 @@ class Engine:
     def close(self) -> None:
         """Stop the worker and free everything; no other method may be called afterwards."""
         if self._engine is not None:
+            self.instruments.close()
             lib.viommu_engine_free(self._engine)
             self._engine = None
 
@@ -372,6 +390,19 @@ class Engine:
         if lib.viommu_engine_iommufd_info(self._engine, raw) != 0:
             return None
         return HostInfo(raw.monitor_ioas, raw.unsettled, raw.bytes_from_monitor, raw.bytes_from_files)
+
+    def set_limits(self, *, endpoints: int, domains: int, mappings: int, mappings_per_domain: int) -> None:
+        """Limits anew; what exists stays, even above them."""
+        self.instruments.set_limits(
+            endpoints=endpoints, domains=domains, mappings=mappings, mappings_per_domain=mappings_per_domain
+        )
+        self.settings = replace(
+            self.settings,
+            max_endpoints=endpoints,
+            max_domains=domains,
+            max_mappings=mappings,
+            max_domain_mappings=mappings_per_domain,
+        )
 
     # ---------------------------------------------------------------------------------- what a session asks for
 
@@ -557,29 +588,28 @@ class Engine:
         ]
         return records, int(lost[0])
 
+    def endpoints_from(self, start: int, limit: int = PAGE) -> list[EndpointInfo]:
+        """Up to limit endpoints the guest has named, by ID, from an ID on."""
+        raw = ffi.new("struct viommu_endpoint_info[]", limit)
+        count = lib.viommu_engine_endpoints(self._engine, start, raw, limit)
+        return [
+            EndpointInfo(info.id, info.domain if info.attached else None, info.bypass, info.faults)
+            for info in raw[0:count]
+        ]
+
+    def domains_from(self, start: int, limit: int = PAGE) -> list[DomainInfo]:
+        """Up to limit domains, by ID, from an ID on."""
+        raw = ffi.new("struct viommu_domain_info[]", limit)
+        count = lib.viommu_engine_domains(self._engine, start, raw, limit)
+        return [DomainInfo(info.id, info.endpoints, info.mappings, info.bypass) for info in raw[0:count]]
+
     def endpoints(self) -> Iterator[EndpointInfo]:
         """Endpoints the guest has named, by ID; fetched a page at a time."""
-        raw = ffi.new("struct viommu_endpoint_info[]", PAGE)
-        start = 0
-        while start <= 0xFFFFFFFF:
-            count = lib.viommu_engine_endpoints(self._engine, start, raw, PAGE)
-            for info in raw[0:count]:
-                yield EndpointInfo(info.id, info.domain if info.attached else None, info.bypass, info.faults)
-            if count < PAGE:
-                return
-            start = raw[count - 1].id + 1
+        yield from _in_pages(self.endpoints_from)
 
     def domains(self) -> Iterator[DomainInfo]:
         """Domains, by ID; fetched a page at a time."""
-        raw = ffi.new("struct viommu_domain_info[]", PAGE)
-        start = 0
-        while start <= 0xFFFFFFFF:
-            count = lib.viommu_engine_domains(self._engine, start, raw, PAGE)
-            for info in raw[0:count]:
-                yield DomainInfo(info.id, info.endpoints, info.mappings, info.bypass)
-            if count < PAGE:
-                return
-            start = raw[count - 1].id + 1
+        yield from _in_pages(self.domains_from)
 
     def mappings(self, domain: int, start: int = 0, limit: int = PAGE) -> list[Mapping]:
         """Up to limit mappings of a domain that end at or after IOVA start, in order.

@@ -21,3 +21,6 @@ class Options:
     log_format: str
     pass_fd: tuple[tuple[str, int], ...] = ()
     """Descriptors by name."""
+    control_path: Path | None = None
+    steer_path: Path | None = None
+    metrics_path: Path | None = None

@@ -11,11 +11,11 @@ from structlog.typing import FilteringBoundLogger
 
 from viommud.endpoint_id import show
 from viommud.engine import REQUEST_NAMES, STATUS_NAMES, Broken, Record, RecordKind, Stats
+from viommud.events import FAULT_REASONS, QUEUES, EventLog, from_record
+from viommud.instruments import Action
 from viommud.log import RateLimiter
 from viommud.settings import Feature, Settings
 
-QUEUES = ("request", "event")
-FAULT_REASONS = ("unknown", "domain", "mapping")
 ENDPOINTS_REMEMBERED = 64
 """Endpoints named in the summary of a session; more are counted only."""
 DRAIN_ROUNDS = 8
@@ -65,11 +65,13 @@ class Reporter:
         *,
         clock: Callable[[], float] = time.monotonic,
         on_broken_ring: Callable[[], None] = lambda: None,
+        events: EventLog | None = None,
     ) -> None:
         self._engine = engine
         self._log = log
         self._limiter = RateLimiter(clock=clock)
         self._on_broken_ring = on_broken_ring
+        self._events = EventLog() if events is None else events
         self.records_lost = 0
         self.endpoints_seen: set[int] = set()
         """Endpoints that were attached at some time, at most ENDPOINTS_REMEMBERED."""
@@ -84,8 +86,10 @@ class Reporter:
         for _ in range(DRAIN_ROUNDS):
             records, lost = self._engine.take_records()
             for record in records:
+                self._events.add(from_record(record))
                 self._report(record)
             if lost:
+                self._events.note("lost", count=lost)
                 self.records_lost += lost
                 self._line("warning", "records-lost", lost=lost)
             if not records:
@@ -125,6 +129,10 @@ class Reporter:
             case RecordKind.ATTACHED:
                 if len(self.endpoints_seen) < ENDPOINTS_REMEMBERED:
                     self.endpoints_seen.add(record.endpoint)
+            case RecordKind.INJECTED:
+                request = REQUEST_NAMES[record.type]
+                action = Action(record.value).name.lower()
+                self._line("warning", "injected", f"injected {request} {action}", request=request, action=action)
             case RecordKind.DETACHED:
                 pass
 

@@ -86,3 +86,4 @@ class Settings:
     fault_burst: int = 32
     fault_rate: int = 100
     spin_us: int = 500
+    time_every: int = 16

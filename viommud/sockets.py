@@ -75,12 +75,24 @@ def acquire(options: Options, environ: MutableMapping[str, str] = os.environ) ->
     return found
 
 
-def listen_at(path: Path, key: str) -> VhostSocket:
-    """A socket at a path that the configuration names at a key; for the user of this process alone.
+def listen_at(path: Path, key: str, *, group: str | None = None, mode: int | None = None) -> VhostSocket:
+    """A socket at a path that the configuration names at a key; for the user of this process alone by default.
 
     :raises UsageError: there can be none.
     """
-    return _bind(path, None, None, f"{key} = ")
+    return _bind(path, group, mode, f"{key} = ")
+
+
+def adopt_listening(number: int, described: str) -> VhostSocket:
+    """A listening socket that was passed to us.
+
+    :raises UsageError: it is something else.
+    """
+    found = _adopt(number, described)
+    if not found.listening:
+        found.close()
+        raise UsageError(f"{described}: connected already; a listening socket is needed")
+    return found
 
 
 def _choose(passed: list[tuple[str, int]]) -> int:
@@ -120,7 +132,7 @@ def _adopt(number: int, described: str) -> VhostSocket:
 
 
 def _bind(path: Path, group: str | None, mode: int | None, named: str = "--socket-path ") -> VhostSocket:
-    gid = -1 if group is None else _group_id(group)
+    gid = -1 if group is None else _group_id(group, f"{named}{path}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     bound = None
     try:
@@ -143,11 +155,11 @@ def _bind(path: Path, group: str | None, mode: int | None, named: str = "--socke
     return VhostSocket(sock, True, str(path), bound)
 
 
-def _group_id(group: str) -> int:
+def _group_id(group: str, what: str) -> int:
     try:
         return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError as error:
-        raise UsageError(f"--socket-group {group}: there is no such group") from error
+        raise UsageError(f"{what}: there is no group {group}") from error
 
 
 def _bind_problem(path: Path, error: OSError) -> str:

@@ -214,7 +214,7 @@ def test_memory_that_is_not_shared(daemon: Daemon) -> None:
         client.do(wire.SET_VRING_ADDR, wire.vring_addr(0, base, base + 0x2000, base + 0x1000))
         refused = _kick_and_enable(client)
         assert refused
-    line = daemon.logged("vhost-user request refused")
+    line = daemon.logged("frontend-request-refused")
     assert "share=on" in line["hint"]
     assert daemon.wait() == 0
 

@@ -102,6 +102,6 @@ def test_memory_that_is_not_shared(make_rig: MakeRig) -> None:
     """QEMU shares nothing and carries on: the daemon says which option is missing."""
     rig = make_rig("virt", shared=False)
     rig.iommu.bring_up(SPLIT)
-    line = rig.daemon.logged("vhost-user request refused")
+    line = rig.daemon.logged("frontend-request-refused")
     assert "share=on" in line["hint"]
     assert line["request"] == "SET_VRING_ENABLE"

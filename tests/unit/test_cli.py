@@ -83,7 +83,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--socket-mode", "1777", "--socket-path", "s"], "argument --socket-mode: '1777' is not a file mode"),
         (["--socket-mode", "660", "--fd", "0"], "--socket-mode is for the socket that --socket-path creates"),
         (["--socket-group", "kvm", "--fd", "0"], "--socket-group is for the socket that --socket-path creates"),
-        (["--socket-group", "no such group", "--socket-path", "s"], "--socket-group no such group: there is no such"),
+        (["--socket-group", "no such group", "--socket-path", "s"], "--socket-path s: there is no group no such group"),
         (["--check-config"], "--check-config checks the file that --config names, and --config is missing"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
         (["--sock", "x"], "unrecognized arguments: --sock x"),

@@ -156,10 +156,15 @@ def test_page_sizes_as_a_mask() -> None:
         ),
         (
             "[limts]",
-            "limts: unknown key, did you mean limits? "
-            "(known here: device, limits, worker, qemu, host, endpoint, topology)",
+            "limts: unknown key, did you mean limits? (known here: device, limits, worker, qemu, host, endpoint, "
+            "topology, control, metrics)",
         ),
-        ("zzz = 1", "zzz: unknown key (known here: device, limits, worker, qemu, host, endpoint, topology)"),
+        (
+            "zzz = 1",
+            "zzz: unknown key (known here: device, limits, worker, qemu, host, endpoint, topology, control, metrics)",
+        ),
+        ("control.mode = 600", "control.mode = 600: must be a string"),
+        ("control.steer-mode = '9'", "Expected `str` matching regex '^0?[0-7]{3}$' - at `$.control.steer-mode`"),
         ("device = 3", "device = 3: must be a table"),
         ("endpoint = 3", "endpoint = 3: must be a list"),
         ("[limits]\ndomains = 0", "limits.domains = 0: must be an integer from 1 to 2^32-1"),

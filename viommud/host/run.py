@@ -103,7 +103,7 @@ def run(options: Options, setup: DeviceSetup, topology: Topology, command: Seque
             qemu = _start(words, [theirs.fileno(), *(host.descriptors() if host else [])])
         stack.callback(_end, qemu)
         front_end = VhostSocket(ours, listening=False, described="QEMU, started by this process")
-        status = serve_front_end(setup, front_end, log, host, on_signal=qemu.terminate)
+        status = serve_front_end(setup, front_end, log, host, options, on_signal=qemu.terminate)
         try:
             ended = qemu.wait(_PATIENCE)
         except subprocess.TimeoutExpired:

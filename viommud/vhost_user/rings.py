@@ -20,8 +20,8 @@ REPEATS_LOGGED = 8
 """How often an event that a guest or front-end can repeat at will gets a line each time."""
 
 _RESTART_LINES = {
-    Verdict.RESET: "guest driver starts anew: device reset",
-    Verdict.RESUME: "guest driver continues",
+    Verdict.RESET: "driver-starts-anew",
+    Verdict.RESUME: "driver-continues",
 }
 
 
@@ -115,14 +115,14 @@ class Rings:
         ring.running = ring.has_run = True
         for known in self._rings:
             known.returned = None
-        self._log.debug("ring runs", ring=ring.index, size=setup.size, base=setup.base)
+        self._log.debug("ring-started", ring=ring.index, size=setup.size, base=setup.base)
 
     def stop(self, ring: Ring) -> None:
         """Stop a ring if it runs; it can run again from where it stopped."""
         if ring.running:
             ring.base = self._device.stop_queue(ring.index)
             ring.running = False
-            self._log.debug("ring stopped", ring=ring.index, base=ring.base)
+            self._log.debug("ring-stopped", ring=ring.index, base=ring.base)
 
     def disable(self) -> None:
         """Disable and stop every ring."""

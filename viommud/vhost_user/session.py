@@ -22,7 +22,7 @@ from typing import Any
 from structlog.typing import FilteringBoundLogger
 
 from viommud.vhost_user.codec import Request
-from viommud.vhost_user.device import Device, MappedRegion
+from viommud.vhost_user.device import Device, MappedRegion, Region
 from viommud.vhost_user.errors import Refused, RemoteProtocolError
 from viommud.vhost_user.fds import (
     OwnedFd,
@@ -115,6 +115,11 @@ class Session:
         return self._protocol_features
 
     @property
+    def memory(self) -> tuple[Region, ...]:
+        """Guest memory, as the front-end described it."""
+        return self._memory.regions
+
+    @property
     def running(self) -> bool:
         """Does the device run any ring?"""
         return self._rings.running
@@ -143,7 +148,7 @@ class Session:
         # NEED_REPLY counts from the message after the one that negotiates REPLY_ACK.
         acknowledge = request.need_reply and self.negotiated(ProtocolFeature.REPLY_ACK)
         with request:
-            self._log.debug("vhost-user request", request=kind.name)
+            self._log.debug("frontend-request", request=kind.name)
             own_reply = kind.reply is not None and (kind.reply_needs is None or self.negotiated(kind.reply_needs))
             try:
                 response = self._dispatch(kind)(self, request.payload, request.fds)
@@ -192,7 +197,7 @@ class Session:
         if worth_a_line(count):
             context = {"hint": refusal.hint} if refusal.hint else {}
             self._log.warning(
-                "vhost-user request refused", request=kind.name, reason=str(refusal), count=count, **context
+                "frontend-request-refused", request=kind.name, reason=str(refusal), count=count, **context
             )
 
     # Features
@@ -271,7 +276,7 @@ class Session:
         self._rings.forget()
         self._status = 0
         self._device.reset()
-        self._log.debug("device reset by the front-end")
+        self._log.debug("device-reset")
 
     # Guest memory
 

@@ -1,0 +1,1 @@
+"""The control sockets: varlink, read-only on one socket, steering on another."""

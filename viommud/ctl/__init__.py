@@ -1,0 +1,1 @@
+"""viommuctl: looks at a running viommud and steers it, over its control sockets."""
