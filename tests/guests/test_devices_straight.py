@@ -5,7 +5,6 @@ With the IOMMU of QEMU itself the same guest programs also show what translation
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +13,12 @@ from typing import Literal
 
 import pytest
 from devices.process import Device
+from vm.confined import client
 from vm.guest import Done, Guest, Shape, start
 
 ADDRESS = "00:02.0"
 FULL = f"0000:{ADDRESS}"
 MEMORY_MIB = 512
-
-
-def vfio_user(socket: Path) -> str:
-    """QEMU's option for a device at ADDRESS."""
-    path = {"type": "unix", "path": str(socket)}
-    return json.dumps({"driver": "vfio-user-pci", "addr": ADDRESS[3:], "socket": path})
 
 
 @contextmanager
@@ -37,7 +31,7 @@ def booted(
         memory_mib=MEMORY_MIB,
         devices={},
         programs=("block_io", "dma_check"),
-        arguments=("-device", vfio_user(device.socket)),
+        arguments=client(ADDRESS, device.socket),
         command_line=command_line,
     )
     with start(directory, shape) as guest:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 from devices.process import Device
 from integration.daemon import Daemon
-from vm import backend
+from vm import backend, confined
+from vm.confined import Confined, Mode
 from vm.guest import Guest, Shape, start
 
-from guests.test_devices_straight import intact, values, vfio_user
+from guests.test_devices_straight import intact, values
 
 ADDRESS = "00:02.0"
 OTHER = "00:03.0"
 MEMORY_MIB = 512
-MODES = ("strict", "shared")
+MODES: tuple[Mode, ...] = ("strict", "shared")
 TIMEOUTS = "nvme_core.io_timeout=2 nvme_core.admin_timeout=2"
 
 
@@ -29,7 +30,7 @@ class Rig:
     """Device servers, a daemon in front of them, and a guest."""
 
     directory: Path
-    mode: str
+    mode: Mode
     stack: ExitStack
     more: str = ""
     """Further keys of [endpoint.vfio-user], each with a comma in front."""
@@ -43,23 +44,19 @@ class Rig:
 
     def boot(self, command_line: str = "", modules: Sequence[str] = ("virtio-iommu",)) -> tuple[Guest, Daemon]:
         """A guest with the devices that were started, behind a daemon that lets none of them have anything at first."""
-        arguments: list[str] = []
-        for address in self.devices:
-            socket = self.directory / f"{address}.client"
-            arguments += ["-device", vfio_user(socket).replace(ADDRESS[3:], address[3:])]
+        endpoints = [
+            Confined(address, device.socket, self.directory / f"{address}.client", self.mode, self.more)
+            for address, device in self.devices.items()
+        ]
         shape = Shape(
             memory_mib=MEMORY_MIB,
             devices={},
             programs=("block_io", "dma_check", "vfio_map"),
-            arguments=arguments,
+            arguments=[option for each in endpoints for option in confined.client(each.address, each.listen)],
             command_line=command_line,
             endpoints=list(self.devices),
         )
-        config = shape.config('[device]\nmsi = "arm64"\nbypass = false\n')
-        for address in self.devices:
-            sockets = f'listen = "{self.directory}/{address}.client", server = "{self.directory}/{address}.server"'
-            table = f'vfio-user = {{ {sockets}, mode = "{self.mode}"{self.more} }}\n'
-            config = config.replace(f'id = "{address}"\n', f'id = "{address}"\n{table}')
+        config = confined.config(shape, endpoints, '[device]\nmsi = "arm64"\nbypass = false\n')
         daemon = self.stack.enter_context(backend.start(self.directory, config=config))
         guest = self.stack.enter_context(start(self.directory, shape, daemon.socket_path))
         if modules:
