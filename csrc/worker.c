@@ -15,9 +15,13 @@
 
 #define WAKE_TOKEN VIOMMU_QUEUES
 /* Windows that may end without work before polling is given up until it would have paid again. */
-#define SPIN_PATIENCE 3u
+#define SPIN_PATIENCE 2u
 /* Looks at the ring between two looks at the clock: a look is about 2 ns, the clock about 25 ns. */
 #define SPIN_LOOKS 32
+/* How long polling is given up, and how many polls have to pay before that starts from the beginning again. */
+#define SPIN_PENALTY_NS 2000000u
+#define SPIN_PENALTY_MAX_NS 256000000u
+#define SPIN_TRUST 256u
 /* Interrupts a write that blocks. Nothing else here uses it, and by default it is ignored. */
 #define NUDGE SIGURG
 #define NUDGE_MS 20
@@ -276,6 +280,21 @@ static bool interrupted(const struct worker *worker)
 }
 
 /*
+ * Polling does not pay: the guest makes no requests, or it cannot because the CPU that we poll on is the one it would
+ * make them on. With more threads than CPUs, requests then take 800 us instead of 80. So sleep, for longer each time
+ * until polling has paid for a while.
+ */
+static void stop_spinning(struct spin *spin, uint64_t now)
+{
+    spin->penalty_ns = spin->penalty_ns == 0 ? SPIN_PENALTY_NS : spin->penalty_ns * 2;
+    if (spin->penalty_ns > SPIN_PENALTY_MAX_NS)
+        spin->penalty_ns = SPIN_PENALTY_MAX_NS;
+    spin->not_before = now + spin->penalty_ns;
+    spin->window_ns = 0;
+    spin->hits = 0;
+}
+
+/*
  * Poll for a while. True when there is work, or the control plane asks. No clock is read between seeing work and
  * serving it: it would be a tenth of a polled request.
  */
@@ -287,6 +306,8 @@ static bool spin(struct worker *worker, uint64_t idle_since)
         for (int i = 0; i < SPIN_LOOKS; i++) {
             if (ready(worker)) {
                 worker->spin.misses = 0;
+                if (++worker->spin.hits >= SPIN_TRUST)
+                    worker->spin.penalty_ns = 0;
                 return true;
             }
             if (interrupted(worker))
@@ -296,7 +317,7 @@ static bool spin(struct worker *worker, uint64_t idle_since)
         now = now_ns();
     }
     if (worker->spin.window_ns != 0 && ++worker->spin.misses >= SPIN_PATIENCE)
-        worker->spin.window_ns = 0;
+        stop_spinning(&worker->spin, now);
     count_add(&worker->stats->spin_ns, now - idle_since);
     return false;
 }
@@ -329,7 +350,7 @@ static uint64_t wait(struct worker *worker, uint64_t idle_since)
     now = now_ns();
     /* Would polling have paid? Then it is worth trying again. */
     if (worker->spin.window_ns < worker->spin.limit_ns && queue_ready(worker, VIOMMU_REQUESTQ) &&
-        now - idle_since < worker->spin.limit_ns) {
+        now - idle_since < worker->spin.limit_ns && now >= worker->spin.not_before) {
         worker->spin.window_ns = worker->spin.limit_ns;
         worker->spin.misses = 0;
     }

@@ -35,6 +35,9 @@ struct spin {
     uint64_t limit_ns;
     uint64_t window_ns;        /* now: 0 to limit */
     unsigned misses;           /* windows in a row that ended without work */
+    unsigned hits;             /* polls that paid since it was last given up */
+    uint64_t penalty_ns;       /* how long it was given up then */
+    uint64_t not_before;       /* no polling until then */
 };
 
 /* A little work of the control plane that the worker does for it at a request boundary. */
