@@ -1,6 +1,7 @@
 /*
  * Stage 2: what makes a domain's mappings true for real endpoints. One small interface, several back-ends behind it:
- * stage2_none (state only), and later the host's IOMMU and devices in other processes.
+ * stage2_none (state only), the host's IOMMU (stage2_iommufd, stage2_type1), and devices in other processes
+ * (stage2_vfio_user).
  *
  * Every endpoint belongs to one back-end; a domain may hold endpoints of several. The engine opens a domain in a
  * back-end when its first endpoint of that kind comes, and replays the mappings into it; it closes it after the last

@@ -1,0 +1,1 @@
+"""Tests of viommud.host that need no such host."""
