@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from viommud.errors import UsageError, ViommudError
 from viommud.options import Options
@@ -135,17 +135,38 @@ def _options(parsed: argparse.Namespace) -> Options:
     return Options(**{name: getattr(parsed, name) for name in Options.__slots__})
 
 
-def _run_command(arguments: Sequence[str]) -> int:
-    """Carry out a command, which is no start of the daemon."""
+_RUN: dict[str, Any] = {
+    "description": "Start QEMU with devices of the host, and be its IOMMU.",
+    "epilog": "The exit status is QEMU's.",
+    "allow_abbrev": False,
+}
+
+
+def add_commands(subparsers: Any) -> None:
+    """Everything that the first word may be in place of the daemon's options."""
+    _add_plain_commands(subparsers)
+    _add_run_options(subparsers.add_parser("run", help="start QEMU, and be its IOMMU", **_RUN))
+
+
+def _add_plain_commands(subparsers: Any) -> None:
     from viommud import replay
     from viommud.host import check
     from viommud.topology import commands
 
-    parser = _Parser(prog="viommud", allow_abbrev=False)
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_commands(subparsers)
     check.add_command(subparsers)
     replay.add_command(subparsers)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    _add_common(parser)
+    parser.add_argument("qemu", metavar="QEMU ...", nargs="+", help="after --: QEMU's command line without the devices")
+
+
+def _run_command(arguments: Sequence[str]) -> int:
+    """Carry out a command, which is no start of the daemon."""
+    parser = _Parser(prog="viommud", allow_abbrev=False)
+    _add_plain_commands(parser.add_subparsers(required=True, metavar="COMMAND"))
     parsed = parser.parse_args(arguments)
     status: int = parsed.command(parsed)
     return status
@@ -156,14 +177,8 @@ def _run_qemu(arguments: Sequence[str]) -> int:
     from viommud import config
     from viommud.host import run as host_run
 
-    parser = _Parser(
-        prog="viommud run",
-        description="Start QEMU with devices of the host, and be its IOMMU.",
-        epilog="The exit status is QEMU's.",
-        allow_abbrev=False,
-    )
-    _add_common(parser)
-    parser.add_argument("qemu", metavar="QEMU ...", nargs="+", help="after --: QEMU's command line without the devices")
+    parser = _Parser(prog="viommud run", **_RUN)
+    _add_run_options(parser)
     parsed = parser.parse_args(arguments)
     if parsed.config is None:
         raise UsageError("viommud run: --config FILE is missing: it says where in the guest the devices are")

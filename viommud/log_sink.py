@@ -32,6 +32,7 @@ class DescriptorSink:
         """Lines lost so far."""
         self._sock: socket.socket | None = None
         self._fd = fd
+        self._own = False
         self._poll: select.poll | None = None
         mode = os.fstat(fd).st_mode
         if stat.S_ISSOCK(mode):
@@ -40,21 +41,33 @@ class DescriptorSink:
             # A description of our own: O_NONBLOCK on the one we got would surprise those we share it with.
             try:
                 self._fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+                self._own = True
             except OSError:  # not ours to open: ask before each write, which leaves only a race with other writers
                 self._poll = select.poll()
                 self._poll.register(fd, select.POLLOUT)
 
+    def close(self) -> None:
+        """Let go of what was opened here."""
+        if self._sock is not None:
+            self._sock.close()
+        elif self._own:
+            os.close(self._fd)
+
     def write(self, line: str) -> None:
         """One line, with its end."""
-        told = self._untold
-        pieces = [line.encode("utf-8", "replace")]
-        if told:
-            pieces.insert(0, self._lost_line(told).encode())
-        if not self._flush() or not all(self._begin(piece) for piece in pieces):
+        if not (self._flush() and self._tell_lost() and self._begin(line.encode("utf-8", "replace"))):
             self.dropped += 1
             self._untold += 1
-        elif told:
-            self._untold -= told
+
+    def _tell_lost(self) -> bool:
+        """Tell of lost lines, if there are any; False when nothing more can be written now."""
+        told = self._untold
+        if not told:
+            return True
+        if not self._begin(self._lost_line(told).encode()):
+            return False
+        self._untold -= told
+        return not self._rest
 
     def _flush(self) -> bool:
         """Finish a line that was begun; False when that is not possible yet."""

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frontend import wire
+from frontend import iommu, wire
 from frontend.client import Client
+from frontend.guest import Guest
 from frontend.ring import wait_until
 
 from integration.daemon import COMMAND, Daemon
@@ -265,3 +266,44 @@ def test_idle_memory(daemon: Daemon) -> None:
         guest.start()
         assert guest.attach(1, 8) == 0
         assert daemon.status("VmRSS") <= 60 << 10
+
+
+def test_a_front_end_that_makes_the_worker_wait(daemon: Daemon) -> None:
+    """A call eventfd that is full and blocks: everything goes on, and a signal ends it within a second."""
+    with daemon.guest() as guest:
+        guest.start()
+        call = guest.rings[iommu.REQUEST_QUEUE].call_fd
+        assert guest.attach(1, 8) == iommu.OK
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(call)
+        os.eventfd_write(call, (1 << 64) - 2)
+        os.set_blocking(call, True)
+        guest.queue_request(iommu.map_(1, 0x1000, 0x1FFF, 0x4000_0000), iommu.TAIL)
+        guest.rings[iommu.REQUEST_QUEUE].publish()
+        guest.rings[iommu.REQUEST_QUEUE].kick()
+        guest.rings[iommu.REQUEST_QUEUE].wait()
+        guest.config()
+        began = time.monotonic()
+        assert daemon.terminate() == 0
+        assert time.monotonic() - began < ONE_SECOND
+    assert daemon.log("session-ended")
+
+
+def test_a_log_that_nobody_reads(tmp_path: Path) -> None:
+    """Standard error is a pipe, full to the brim: the guest is served, and the daemon ends as it should."""
+    reading, writing = os.pipe()
+    path = tmp_path / "vhost.sock"
+    process = subprocess.Popen([*COMMAND, "--log-level", "debug", "--socket-path", str(path)], stderr=writing)
+    os.close(writing)
+    try:
+        wait_until(path.exists, "a socket")
+        with Guest(Client.connect(str(path))) as guest:
+            guest.start()
+            for _ in range(2000):
+                guest.config()
+            assert guest.attach(1, 8) == iommu.OK
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reading)
