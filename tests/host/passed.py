@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 from frontend.guest import Guest
 from frontend.memory import GuestMemory
 from integration.daemon import Daemon
+from vm.qemu import PATIENCE
 
 from host.edu import Edu
 from host.machine import bind
@@ -85,6 +87,13 @@ def add_as_monitor(device: Passed, ioas: int, fd: int, gpa: int, size: int, offs
     fcntl.ioctl(device.iommufd, _IOAS_MAP_FILE, bytearray(request), True)
 
 
+def _wait_for_socket(daemon: Daemon) -> None:
+    """An emulated host takes seconds to start a program, and more when the machine under it is busy."""
+    deadline = time.monotonic() + PATIENCE
+    while not daemon.socket_path.exists() and daemon.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)  # and no busy waiting, which would take one of the lab's processors
+
+
 @contextmanager
 def served(
     kind: Kind, address: str, directory: Path, config: str = "", memory: GuestMemory | None = None
@@ -96,6 +105,7 @@ def served(
         toml = f'{config}\n[[endpoint]]\nid = "00:02.0"\n{device.key}\n'
         descriptors: Sequence[int] = list(device.shared.values())
         daemon = stack.enter_context(Daemon(directory, *options, config=toml, pass_fds=descriptors))
+        _wait_for_socket(daemon)
         memory = memory or GuestMemory()
         client = daemon.connect()  # by now the daemon has asked the kernel what it can do for the device
         bind_as_monitor(device, memory)
