@@ -40,6 +40,27 @@ def test_the_document_has_these_rows() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["arm64-uefi", "microvm-mmio"])
+def test_the_table_of_an_option_rom_is_there_after_a_reboot(tmp_path: Path, name: str) -> None:
+    """The firmware runs the ROM at every start, and the second system finds table and endpoints as the first did."""
+    (row,) = (row for row in matrix.ROWS if row.name == name)
+    config = row.platform.config(matrix.ENDPOINTS, row.granule)
+    path = tmp_path / "platform.toml"
+    path.write_text(config)
+    with (
+        backend.start(tmp_path, config=config) as daemon,
+        platform.start(tmp_path, row.platform, path, daemon.socket_path, matrix.DEVICES, row.modules) as guest,
+    ):
+        for last in (False, True):
+            tables = guest.check("ls /sys/firmware/acpi/tables").output.split()
+            assert [table for table in tables if table.startswith("VIOT")] == ["VIOT"]
+            guest.load(row.modules)
+            guest.check("bind vfio-pci 0000:00:02.0")
+            guest.check("vfio_map -n 10 -r 1 0000:00:02.0")
+            if not last:
+                guest.reboot()
+
+
 def test_linux_takes_no_viot_from_its_ram_disk(tmp_path: Path) -> None:
     """Why the option ROM is needed: the table is in front of the RAM disk, and the kernel leaves it there."""
     place = Platform("arm64", "virt", "00:01.0", "initrd override", uefi=True)
