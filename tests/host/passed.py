@@ -106,8 +106,8 @@ def served(
         descriptors: Sequence[int] = list(device.shared.values())
         daemon = stack.enter_context(Daemon(directory, *options, config=toml, pass_fds=descriptors))
         _wait_for_socket(daemon)
-        memory = memory or GuestMemory()
         client = daemon.connect()  # by now the daemon has asked the kernel what it can do for the device
+        memory = memory or GuestMemory()
         bind_as_monitor(device, memory)
         guest = stack.enter_context(Guest(client, memory))
         guest.start()
