@@ -32,8 +32,8 @@ DISK = "00:02.0"
 WAYS: dict[str, Mode | None] = {"straight": None, "bypass": "shared", "translated": "shared", "strict": "strict"}
 FIGURES = ("randread_4k", "randwrite_4k", "seqread_128k", "seqwrite_128k", "register_read", "register_write")
 MEMORY_MIB = 512
-AREA_MIB = 8
-ROUNDS = 25
+AREA_MIB = 4
+ROUNDS = 15
 READ, WRITE = 0x00, 0x10
 """Registers of the controller: CAP; and INTMC, where zeros change nothing."""
 Samples = dict[str, dict[str, list[tuple[float, float]]]]
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench nvme", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--boots", type=int, default=3, metavar="N", help="boots of each way (%(default)s)")
-    parser.add_argument("--ops", type=int, default=200, metavar="N", help="random accesses in a round (%(default)s)")
+    parser.add_argument("--ops", type=int, default=100, metavar="N", help="random accesses in a round (%(default)s)")
     parser.add_argument("--spin-us", type=int, default=0, metavar="US", help="the relay's spin-us (%(default)s)")
     parser.add_argument("--ways", default=",".join(WAYS), metavar="WAY,...", help="%(default)s; straight is always run")
     options = parser.parse_args(arguments)
