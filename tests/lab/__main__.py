@@ -21,6 +21,8 @@ def _test(words: list[str], shape: Shape) -> int:
     prepared.prepare(out)
     # The project cannot be written to there.
     options = ["-p", "no:cacheprovider", "--basetemp=/out/tests", "-c", "/project/pyproject.toml", "--color=yes"]
+    # A machine in a machine in a machine: what is ample elsewhere may be short here.
+    options += ["--timeout=1800", "-o", "faulthandler_timeout=900"]
     command = ["python3", "-m", "pytest", *options, *(words or ["/project/tests/host"])]
     return machine.run(command, shape, out)
 
