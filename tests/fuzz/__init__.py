@@ -1,0 +1,1 @@
+"""Fuzzers of Python code; scripts/fuzz runs them."""
