@@ -64,6 +64,7 @@ struct peer {
     int fd;
     bool garbled;             /* it sent what need not be understood: nothing is known of what it is owed */
     bool ended;
+    bool deaf;                /* it reads nothing for now */
     uint8_t out[2 * MAX_MESSAGE];
     size_t out_size;          /* bytes of a message that have not been sent */
     uint8_t in[2 * MAX_MESSAGE];
@@ -267,7 +268,7 @@ static const struct vfio_user_header *hear(struct peer *peer)
 {
     struct vfio_user_header *header = (struct vfio_user_header *)(void *)peer->in;
 
-    if (peer->ended || !receive_until(peer, sizeof(*header)))
+    if (peer->ended || peer->deaf || !receive_until(peer, sizeof(*header)))
         return NULL;
     CHECK(header->size >= sizeof(*header) && header->size <= MAX_MESSAGE);
     return receive_until(peer, header->size) ? header : NULL;
@@ -598,8 +599,14 @@ static bool carry_out(const struct instruction *now)
         run.now += (uint64_t)now->bytes << (now->far % 32);
         return true;
     case 14:
-        if (now->code == 0xee && now->by == 0xee)
+        if (now->by == 0xee) {
             (void)shutdown(run.server.fd, (now->flags & 1) != 0 ? SHUT_WR : SHUT_RDWR);
+        } else if (now->by == 0xdd) { /* with memory that is shared and mapped, perhaps */
+            CHECK(ftruncate(small_fd, 0) == 0);
+        } else {
+            run.client.deaf = (now->flags & 1) != 0;
+            run.server.deaf = (now->flags & 2) != 0;
+        }
         break;
     default:
         (void)send_now(&run.client, run.client.out_size, NULL, 0);
@@ -614,7 +621,8 @@ static void check_idle(void)
 {
     uint64_t bytes = 0;
 
-    if (run.user->state != VIOMMU_VFIO_USER_UP || run.user->server.first != NULL || run.server.ended)
+    if (run.user->state != VIOMMU_VFIO_USER_UP || run.user->server.first != NULL || run.server.ended ||
+        run.server.deaf)
         return;
     for (unsigned i = 0; i < run.map_count; i++)
         bytes += run.maps[i].size;
@@ -665,9 +673,10 @@ static void raise_fault(void *context, uint32_t endpoint, enum fault_reason reas
 
 static int peer_open(struct peer *peer)
 {
-    int ends[2];
+    int ends[2], room = 1; /* the least there is, so that a few messages fill it */
 
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+    CHECK(setsockopt(ends[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof(room)) == 0);
     peer->fd = ends[0];
     return ends[1];
 }
@@ -706,6 +715,7 @@ static void begin(const struct header *header)
     const struct vfio_user_faults faults = {.raise = raise_fault};
     int client, server;
 
+    CHECK(ftruncate(small_fd, 4096) == 0);
     run.now = 1000000000000;
     run.strict = settings.mode == VIOMMU_VFIO_USER_STRICT;
     run.limits = (struct viommu_vfio_user_limits){header->max_fds % 12u + 1, header->max_maps % 200u + 1, MAX_TRANSFER};
@@ -727,6 +737,7 @@ static void end(void)
 {
     while (guest_side.busy) /* the connection it waits for has ended */
         guest_turn();
+    run.client.deaf = run.server.deaf = false;
     hear_client();
     hear_server();
     heard(&run.client);

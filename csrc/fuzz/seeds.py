@@ -115,6 +115,7 @@ def packed_ring() -> Iterator[bytes]:
 def _say(
     code: int,
     *,
+    by: int = 0,
     command: int = 0,
     ident: int = 0,
     flags: int = 0,
@@ -127,7 +128,7 @@ def _say(
     cut: int = 0,
     far: int = 0,
 ) -> bytes:
-    fields = (code, command, ident, flags, fds, 0, access, address, pages, offset, bytes_, cut, 0, 0, far, 0)
+    fields = (code, command, ident, flags, fds, 0, access, address, pages, offset, bytes_, cut, 0, by, far, 0)
     return struct.pack("=BBHBBbBHHHHBBBBI", *fields)
 
 
@@ -145,6 +146,9 @@ def vfio_user() -> Iterator[bytes]:
         for direct in (b"", _say(0, command=5, ident=7) + _say(5, fds=0x11)):
             head = struct.pack("=BBBB", strict, 100, 9, 8)
             domain = share + direct + _say(9, ident=1) + mapped
+            deaf, shrunk = _say(14, flags=3), _say(2, command=0, ident=1, fds=0x21, access=3, pages=1)
+            yield head + domain + deaf + (dma + registers + mapped) * 8 + _say(14) + dma + registers
+            yield head + shrunk + answer + _say(9, ident=4) + answer + _say(14, by=0xDD) + _say(3, address=0, pages=100)
             yield head + domain + dma + registers + irqs + unmapped + unshare
             yield head + domain + _say(2, command=1, ident=2, pages=16) + _say(13, bytes_=0xFFFF, far=24) + registers
             yield head + domain + _say(12, ident=0, address=8, pages=4) + _say(13, bytes_=0xFFFF, far=24) + share
