@@ -374,11 +374,11 @@ static void relay(struct viommu_vfio_user *user)
 static void end(struct viommu_vfio_user *user)
 {
     (void)pthread_mutex_lock(&user->lock);
-    vfio_user_forget(user, VIOMMU_VFIO_USER_ABSENT);
-    vfio_user_link_fini(&user->server);
     guest_memory_guard(NULL);
     vfio_user_memory_fini(&user->memory);
     count_set(&user->stats.memory_bytes, 0);
+    vfio_user_forget(user, VIOMMU_VFIO_USER_ABSENT); /* whoever sees that sees that the memory is gone */
+    vfio_user_link_fini(&user->server);
     vfio_user_calls_fini(&user->calls);
     (void)pthread_mutex_unlock(&user->lock);
     vfio_user_drop_deferred(user);
