@@ -10,7 +10,7 @@
  *
  * The relay has to keep its word to both: the client gets answers to what it asked and nothing else; the server hears
  * of ranges that do not overlap, is told to forget what it knows and nothing else, never more than it can keep, and
- * never gets a file in strict mode. No descriptor stays behind.
+ * never gets a file in strict mode. Its DMA is served where the guest has mapped it. No descriptor stays behind.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -80,6 +80,13 @@ struct map {
     uint64_t size;
 };
 
+/* A DMA_READ or DMA_WRITE of the server that has not been answered. They are answered in their order. */
+struct access {
+    uint16_t id;
+    uint16_t command;
+    bool allowed; /* as the guest has it mapped */
+};
+
 /* Whose turn it is: the relay's thread, or the one in which the guest's requests are carried out. */
 struct guest_side {
     pthread_t thread;
@@ -102,6 +109,8 @@ static struct {
     struct peer server;
     struct map maps[256];
     unsigned map_count;
+    struct access accesses[PENDING];
+    unsigned access_count;
     struct stage2_domain *domains[DOMAINS];
     struct iova_map *books[DOMAINS]; /* what the engine keeps of them */
     struct iova_pool *pool;
@@ -359,6 +368,61 @@ static void server_unmaps(const struct vfio_user_dma_unmap *unmap)
     run.maps[at] = run.maps[--run.map_count];
 }
 
+static bool mapped(uint64_t address, uint64_t count, uint32_t flag)
+{
+    struct iova_mapping mapping;
+
+    if (count == 0 || run.attached == DOMAINS + 1)
+        return true;
+    if (run.attached == 0 || address > UINT64_MAX - (count - 1))
+        return false;
+    for (uint64_t done = 0; done < count; done += mapping.last - (address + done) + 1) {
+        if (!iova_map_find(run.books[run.attached - 1], address + done, &mapping) || (mapping.flags & flag) == 0)
+            return false;
+        if (mapping.last - (address + done) >= count - done - 1)
+            return true;
+    }
+    return true;
+}
+
+/* The server has asked for DMA. sure: all of it is there to be understood now. */
+static void asks_dma(const uint8_t *bytes, size_t size, bool sure)
+{
+    struct vfio_user_dma_access access;
+
+    if (run.access_count == PENDING || size < sizeof(access)) {
+        sure = false;
+        size = sizeof(access.header);
+    }
+    memset(&access, 0, sizeof(access));
+    memcpy(&access, bytes, size < sizeof(access) ? size : sizeof(access));
+    if ((access.header.flags & VFIO_USER_NO_REPLY) != 0)
+        return;
+    if (run.access_count == PENDING) {
+        run.server.garbled = true; /* we lose count */
+        return;
+    }
+    run.accesses[run.access_count++] = (struct access){
+        access.header.id, access.header.command,
+        !sure || guest_side.busy ||
+            mapped(access.address, access.count,
+                   access.header.command == VFIO_USER_DMA_READ ? MAP_FLAG_READ : MAP_FLAG_WRITE)};
+}
+
+static void dma_answered(const struct vfio_user_header *reply)
+{
+    unsigned at = 0;
+
+    if (run.server.garbled)
+        return;
+    while (at < run.access_count && (run.accesses[at].id != reply->id || run.accesses[at].command != reply->command))
+        at++;
+    CHECK_EQ(at, 0);
+    CHECK(run.access_count != 0);
+    CHECK((reply->flags & VFIO_USER_ERROR) != 0 || run.accesses[0].allowed);
+    memmove(&run.accesses[0], &run.accesses[1], --run.access_count * sizeof(run.accesses[0]));
+}
+
 static void hear_server(void)
 {
     const struct vfio_user_header *header;
@@ -368,6 +432,8 @@ static void hear_server(void)
             CHECK(header->command == VFIO_USER_DMA_READ || header->command == VFIO_USER_DMA_WRITE ||
                   (header->flags & VFIO_USER_ERROR) != 0);
             CHECK_EQ(run.server.fds, 0);
+            if (header->command == VFIO_USER_DMA_READ || header->command == VFIO_USER_DMA_WRITE)
+                dma_answered(header);
         } else {
             CHECK_EQ(header->flags & ~VFIO_USER_NO_REPLY, VFIO_USER_REQUEST);
             if (header->command == VFIO_USER_DMA_MAP)
@@ -452,6 +518,9 @@ static void message_of(struct peer *peer, const struct instruction *now, struct 
         peer->garbled = true; /* the end of the connection */
     if (peer == &run.client && !vfio_user_is_reply(&header) && (header.flags & VFIO_USER_NO_REPLY) == 0)
         remember(peer, &header);
+    if (peer == &run.server && !vfio_user_is_reply(&header) &&
+        (header.command == VFIO_USER_DMA_READ || header.command == VFIO_USER_DMA_WRITE))
+        asks_dma(bytes, (size_t)size, now->cut == 0);
     say(peer, bytes, (size_t)size, now);
 }
 
