@@ -68,13 +68,13 @@ def test_a_map_beyond_the_limit_is_refused_and_the_rest_works(tmp_path: Path) ->
     limited = Shape(
         SHAPE.devices,
         '[host]\nmemory = "files"',
-        prefix=("setpriv", "--bounding-set=-ipc_lock", "prlimit", f"--memlock={(MEMORY_MIB + 16) << 20}"),
+        prefix=("setpriv", "--bounding-set=-ipc_lock", "prlimit", f"--memlock={(MEMORY_MIB + 4) << 20}"),
     )
     with start(tmp_path, limited) as guest:
         load(guest)
         guest.check("bind vfio-pci 0000:00:02.0")
-        # 32 MiB.  Linux 6.12 does not look at the status of a MAP, so that the program in the guest goes on.
-        guest.run("vfio_map -n 8000 -r 1 0000:00:02.0")
+        # 6 MiB.  Linux 6.12 does not look at the status of a MAP, so that the program in the guest goes on.
+        guest.run("vfio_map -n 1500 -r 1 0000:00:02.0", seconds=600)
         refused = {(line["request"], line["status"]) for line in guest.logged("request-refused")}
         assert refused == {("map", "nomem")}
         guest.check("edu_dma")
