@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
-import trio
 
 from viommud import __version__, log
 from viommud.control.errors import MONITOR, CallError, invalid_parameter
 from viommud.control.subject import Subject
 from viommud.endpoint_id import show
-from viommud.engine import PAGE, Mapping
+from viommud.engine import PAGE, Engine, Mapping
 from viommud.events import EVENT_KINDS, EventKind
 from viommud.instruments import bucket_start
 from viommud.report import feature_names
@@ -139,9 +138,8 @@ def _region(reserved: Reserved) -> Reply:
 
 async def list_endpoints(subject: Subject, parameters: Page) -> Reply:
     """ListEndpoints."""
-    engine = await subject.responsive_engine()
     limit = parameters.limit or PAGE
-    found = engine.endpoints_from(parameters.from_ or 0, limit)
+    found = await subject.ask(lambda engine: engine.endpoints_from(parameters.from_ or 0, limit))
     listed = [
         {
             "id": entry.id,
@@ -163,14 +161,23 @@ async def list_endpoints(subject: Subject, parameters: Page) -> Reply:
 
 async def list_domains(subject: Subject, parameters: Page) -> Reply:
     """ListDomains."""
-    engine = await subject.responsive_engine()
     limit = parameters.limit or PAGE
-    found = engine.domains_from(parameters.from_ or 0, limit)
+    found = await subject.ask(lambda engine: engine.domains_from(parameters.from_ or 0, limit))
     return {"domains": found, "next": _next_id([entry.id for entry in found], limit)}
 
 
 def _next_id(ids: list[int], limit: int) -> int | None:
     return ids[-1] + 1 if len(ids) == limit and ids[-1] < 0xFFFF_FFFF else None
+
+
+def _mappings(domain: int, start: int, limit: int) -> Callable[[Engine], list[Mapping]]:
+    def question(engine: Engine) -> list[Mapping]:
+        try:
+            return engine.mappings(domain, start, limit)
+        except KeyError:
+            raise CallError(f"{MONITOR}.NoSuchDomain", domain=domain) from None
+
+    return question
 
 
 async def list_mappings(subject: Subject, parameters: MappingsPage) -> Reply:
@@ -180,15 +187,10 @@ async def list_mappings(subject: Subject, parameters: MappingsPage) -> Reply:
     found: list[Mapping] = []
     following: int | None = start
     while following is not None and len(found) < limit:
-        engine = await subject.responsive_engine()
         wanted = min(PAGE, limit - len(found))
-        try:
-            page = engine.mappings(parameters.domain, following, wanted)
-        except KeyError:
-            raise CallError(f"{MONITOR}.NoSuchDomain", domain=parameters.domain) from None
+        page = await subject.ask(_mappings(parameters.domain, following, wanted))
         found += page
         following = page[-1].last + 1 if len(page) == wanted and page[-1].last < U64_MAX else None
-        await trio.lowlevel.checkpoint()
     listed = [
         {
             "first": f"{mapping.first:#x}",
@@ -205,9 +207,9 @@ async def list_mappings(subject: Subject, parameters: MappingsPage) -> Reply:
 
 async def translate(subject: Subject, parameters: Lookup) -> Reply:
     """Translate."""
-    engine = await subject.responsive_engine()
+    address, access = int(parameters.address, 16), ACCESS[parameters.access or "none"]
     try:
-        phys = engine.translate(parameters.endpoint, int(parameters.address, 16), ACCESS[parameters.access or "none"])
+        phys = await subject.ask(lambda engine: engine.translate(parameters.endpoint, address, access))
     except ValueError:
         raise CallError(f"{MONITOR}.NoSuchEndpoint", endpoint=parameters.endpoint) from None
     return {"phys": None if phys is None else f"{phys:#x}"}

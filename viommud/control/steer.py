@@ -13,7 +13,7 @@ from viommud import log
 from viommud.control.errors import MONITOR, STEER, CallError, invalid_parameter
 from viommud.control.monitor import ACCESS, U32, Access, Address, Nothing, Parameters, Reply
 from viommud.control.subject import Subject
-from viommud.engine import REQUEST_NAMES, STATUS_NAMES
+from viommud.engine import REQUEST_NAMES, STATUS_NAMES, Engine
 from viommud.events import FAULT_REASONS
 from viommud.instruments import DELAY_MAX_NS, INJECTIONS_MAX, Action, Injection
 from viommud.recording import header_of
@@ -108,9 +108,8 @@ async def inject(subject: Subject, parameters: NewInjection) -> Reply:
         0 if rule.status is None else STATUS_NAMES.index(rule.status),
         (rule.delay_us or 0) * 1000,
     )
-    engine = await subject.responsive_engine()
     try:
-        engine.instruments.inject(injection)
+        await subject.ask(lambda engine: engine.instruments.inject(injection))
     except OverflowError:
         raise CallError(f"{STEER}.TooManyInjections", max=INJECTIONS_MAX) from None
     return {}
@@ -130,16 +129,19 @@ def _on_the_wire(injection: Injection) -> Rule:
 
 async def list_injections(subject: Subject, _parameters: Nothing) -> Reply:
     """ListInjections."""
-    engine = await subject.responsive_engine()
-    return {"injections": [_on_the_wire(injection) for injection in engine.instruments.injections()]}
+    armed = await subject.ask(lambda engine: engine.instruments.injections())
+    return {"injections": [_on_the_wire(injection) for injection in armed]}
 
 
 async def clear_injections(subject: Subject, _parameters: Nothing) -> Reply:
     """ClearInjections."""
-    engine = await subject.responsive_engine()
-    cleared = len(engine.instruments.injections())
-    engine.instruments.clear_injections()
-    return {"cleared": cleared}
+
+    def clear(engine: Engine) -> int:
+        cleared = len(engine.instruments.injections())
+        engine.instruments.clear_injections()
+        return cleared
+
+    return {"cleared": await subject.ask(clear)}
 
 
 async def set_log_level(_subject: Subject, parameters: Level) -> Reply:
@@ -151,36 +153,47 @@ async def set_log_level(_subject: Subject, parameters: Level) -> Reply:
 
 async def set_limits(subject: Subject, parameters: NewLimits) -> Reply:
     """SetLimits."""
-    engine = await subject.responsive_engine()
-    settings = engine.settings
-    engine.set_limits(
-        endpoints=parameters.endpoints or settings.max_endpoints,
-        domains=parameters.domains or settings.max_domains,
-        mappings=parameters.mappings or settings.max_mappings,
-        mappings_per_domain=parameters.mappings_per_domain or settings.max_domain_mappings,
-    )
+
+    def change(engine: Engine) -> None:
+        settings = engine.settings
+        engine.set_limits(
+            endpoints=parameters.endpoints or settings.max_endpoints,
+            domains=parameters.domains or settings.max_domains,
+            mappings=parameters.mappings or settings.max_mappings,
+            mappings_per_domain=parameters.mappings_per_domain or settings.max_domain_mappings,
+        )
+
+    await subject.ask(change)
     return {}
+
+
+def _set_paused(engine: Engine, paused: bool) -> None:
+    engine.instruments.paused = paused
 
 
 async def pause(subject: Subject, _parameters: Nothing) -> Reply:
     """Pause."""
-    (await subject.responsive_engine()).instruments.paused = True
+    await subject.ask(lambda engine: _set_paused(engine, True))
     return {}
 
 
 async def resume(subject: Subject, _parameters: Nothing) -> Reply:
     """Resume."""
-    (await subject.responsive_engine()).instruments.paused = False
+    await subject.ask(lambda engine: _set_paused(engine, False))
     return {}
 
 
 async def record(subject: Subject, _parameters: Nothing) -> AsyncGenerator[Reply, None]:
     """Record: until the caller goes, or the guest does."""
-    if subject.recording:
-        raise CallError(f"{STEER}.RecordingAlready")
-    engine = await subject.responsive_engine()
-    engine.instruments.start_recording()
-    subject.recording_began()
+
+    def start(engine: Engine) -> Engine:
+        if subject.recording:
+            raise CallError(f"{STEER}.RecordingAlready")
+        engine.instruments.start_recording()
+        subject.recording_began()
+        return engine
+
+    engine = await subject.ask(start)
     try:
         stats = engine.stats()
         yield {"header": header_of(subject.setup, complete=not stats.domains and not stats.requests), "lost": 0}

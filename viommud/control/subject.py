@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import trio
 
@@ -16,6 +19,14 @@ from viommud.vhost_user.session import Session
 
 STUCK_SECONDS = 1.0
 """A worker that makes no round for so long is not asked for anything."""
+PAUSE = 0.001
+"""Seconds between two questions to the worker, at least ..."""
+SHARE = 20
+"""... and so many times what the last one took ..."""
+PAUSE_MAX = 0.1
+"""... but no longer than this, as it may have been the machine that was slow."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -50,6 +61,8 @@ class Subject:
     started: float = field(default_factory=time.monotonic)
     pid: int = field(default_factory=os.getpid)
     _recorder: trio.Event | None = None
+    _turn: trio.Lock = field(default_factory=trio.Lock)
+    _not_before: float = -math.inf
     _left_over: list[bytes] = field(default_factory=list)
 
     def begin(self) -> None:
@@ -109,11 +122,25 @@ class Subject:
             raise CallError(f"{MONITOR}.NotNow")
         return self.engine
 
-    async def responsive_engine(self) -> Engine:
-        """The engine, when its worker is alive: what is asked of it next is answered at once.
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """Ask something that the worker has to answer, between two batches of requests.
 
-        :raises CallError: there is none, or its worker is stuck.
+        However many clients ask however fast, the worker is asked at most once in PAUSE, and spends only a small
+        part of its time on answers.
+
+        :raises CallError: there is no engine, or its worker is stuck.
         """
+        async with self._turn:
+            await trio.sleep_until(self._not_before)
+            engine = await self._responsive_engine()
+            began = trio.current_time()
+            try:
+                return question(engine)
+            finally:
+                took = trio.current_time() - began
+                self._not_before = trio.current_time() + min(max(PAUSE, took * SHARE), PAUSE_MAX)
+
+    async def _responsive_engine(self) -> Engine:
         engine = self.require_engine()
         before = engine.stats()
         deadline = trio.current_time() + STUCK_SECONDS
@@ -124,4 +151,5 @@ class Subject:
             if trio.current_time() > deadline:
                 raise CallError(f"{MONITOR}.WorkerStuck")
             await trio.sleep(0.001)
-            engine = self.require_engine()
+            if self.engine is not engine:
+                return await self._responsive_engine()
