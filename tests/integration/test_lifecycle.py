@@ -269,7 +269,7 @@ def test_idle_memory(daemon: Daemon) -> None:
 
 
 def test_a_front_end_that_makes_the_worker_wait(daemon: Daemon) -> None:
-    """A call eventfd that is full and blocks: everything goes on, and a signal ends it in order, not by its deadline."""
+    """A call eventfd that is full and blocks: all goes on, and a signal ends it in order, not by its deadline."""
     with daemon.guest() as guest:
         guest.start()
         call = guest.rings[iommu.REQUEST_QUEUE].call_fd
