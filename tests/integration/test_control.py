@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_faults(daemon: Observed, guest: Guest) -> None:
         [sys.executable, "-m", "viommud.ctl.main", "-s", str(daemon.directory / "control"), "--json", "faults", "-f"],
         stdout=subprocess.PIPE,
         text=True,
+        # A shell starts what runs in the background with SIGINT ignored, and so would this be.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert follower.stdout is not None
     try:
