@@ -66,8 +66,8 @@ def test_the_disk_itself_moves_between_domains(tmp_path: Path) -> None:
         assert ended["requests"]["attach"]["ok"] >= 6  # into the container's and back, each time
 
 
-def test_unplugged_under_io(tmp_path: Path) -> None:
-    """QEMU takes the disk away from a guest that uses it: viommud goes on, and serves the other device."""
+def test_removed_by_the_guest(tmp_path: Path) -> None:
+    """The guest takes its disk out of the bus after using it: viommud goes on, and serves the other device."""
     with start(tmp_path, SHAPE) as guest:
         load(guest)
         guest.check(f"bind nvme 0000:{DISK}")
